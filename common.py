@@ -317,10 +317,8 @@ def two_views(data, args, views, epoch, first=0):
             settings = AUGMENT[args.augment] | (changes if args.augment == "strong" else {})
             if args.dataset == "svhn":
                 settings = settings | {"flip": 0}  # a mirrored digit is another sign
-            parameters = draw_augmentation(size, settings, data.images.shape[-1], args.image_size, draw)
-            pair.append(
-                augment(images, {k: v[mine] for k, v in parameters.items()}, data.mean, data.std, args.image_size)
-            )
+            parameters = draw_augmentation(size, settings, args.image_size, draw)
+            pair.append(augment(images, {k: v[mine] for k, v in parameters.items()}, data.mean, data.std))
         yield tuple(pair)
 
 
@@ -345,8 +343,8 @@ AUGMENT = {
 }  # fmt: skip
 
 
-def draw_augmentation(n, settings, source, size, draw):
-    """Random parameters of `n` augmentations of source × source images, as a dict of CPU tensors with n rows each.
+def draw_augmentation(n, settings, size, draw):
+    """Random parameters of `n` augmentations of size × size images, as a dict of CPU tensors with n rows each.
 
     crop (top, left, height, width), flip, brightness, contrast, saturation (factors), hue (turns), order (of these
     four, the same for the whole batch), grayscale, sigma (blur, pixels; 0 = none), solarize, noise (deviation).
@@ -357,16 +355,16 @@ def draw_augmentation(n, settings, source, size, draw):
 
     if "padding" in settings:
         shift = (uniform(0, 2 * settings["padding"] + 1, 2)).long() - settings["padding"]
-        crop = torch.stack([*shift, *torch.full((2, n), source)], 1)
+        crop = torch.stack([*shift, *torch.full((2, n), size)], 1)
     else:
         # Ten tries per image, the first that fits, else the whole image: torchvision's RandomResizedCrop.
-        area = uniform(*settings["scale"], 10) * source**2
+        area = uniform(*settings["scale"], 10) * size**2
         ratio = uniform(*(math.log(r) for r in settings["ratio"]), 10).exp()
         height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-        fits = (height <= source) & (width <= source) & (height > 0) & (width > 0)
+        fits = (height <= size) & (width <= size) & (height > 0) & (width > 0)
         tried = fits.int().argmax(0, keepdim=True)
-        height, width = (torch.where(fits.any(0), t.gather(0, tried)[0], source) for t in (height, width))
-        top, left = ((uniform(0, 1) * (source - t + 1)).floor() for t in (height, width))
+        height, width = (torch.where(fits.any(0), t.gather(0, tried)[0], size) for t in (height, width))
+        top, left = ((uniform(0, 1) * (size - t + 1)).floor() for t in (height, width))
         crop = torch.stack([top, left, height, width], 1).long()
     parameters = {"crop": crop, "flip": uniform(0, 1) < settings["flip"]}
     chosen = uniform(0, 1) < settings["jitter_p"]
@@ -384,21 +382,20 @@ def draw_augmentation(n, settings, source, size, draw):
     return parameters
 
 
-def augment(images, parameters, mean, std, size):
-    """Augments uint8 images (n, 3, H, W) to standardised float32 (n, 3, size, size), each with its own parameters.
+def augment(images, parameters, mean, std):
+    """Augments uint8 images (n, 3, size, size) to standardised float32 of that size, each with its own parameters.
 
     Each image comes out as torchvision's functional operations with the same parameters give it: resized_crop
-    (bilinear, antialiased), horizontal_flip, adjust_*, rgb_to_grayscale, gaussian_blur, solarize, normalize.
+    (bilinear), horizontal_flip, adjust_*, rgb_to_grayscale, gaussian_blur, solarize, normalize.
     A crop that reaches over the border continues by reflection, like a random crop of a reflect-padded image.
     """
     order = parameters["order"][0].tolist()  # read before the rest goes to the device, so that nothing waits for it
     parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items()}
     top, left, height, width = parameters["crop"].unbind(1)
-    rows = _resize_matrix(top, height, images.shape[2], size)
-    columns = _resize_matrix(left, width, images.shape[3], size)
+    rows = _resize_matrix(top, height, images.shape[2])
+    columns = _resize_matrix(left, width, images.shape[3])
     columns = torch.where(parameters["flip"].view(-1, 1, 1), columns.flip(1), columns)
     x = rows.unsqueeze(1) @ (images / 255) @ columns.unsqueeze(1).mT
-    x = x.clamp(0, 1)
     factors = {k: parameters[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation", "hue")}
     for op in order:
         if op == 0:
@@ -422,25 +419,13 @@ def augment(images, parameters, mean, std, size):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _resize_matrix(start, length, source, size):
-    """(n, size, source): row o holds the weights of the source pixels in output pixel o of the crop [start, +length).
-
-    The triangle filter of antialiased bilinear resizing: as wide as a source pixel when enlarging, as an output pixel
-    when shrinking, cut off at the crop and renormalised.
-    """
-    scale = (length / size).view(-1, 1, 1)
-    center = (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale - 0.5
-    pixel = torch.arange(source, device=start.device).view(1, 1, -1) - start.view(-1, 1, 1)
-    if size == source:
-        # A crop as large as the image may lie partly outside; what lies outside is reflected back.
-        whole = (length == source).view(-1, 1, 1)
-        offset = torch.arange(size, device=start.device).view(1, -1, 1) + start.view(-1, 1, 1)
-        offset = source - 1 - (source - 1 - offset.abs()).abs()
-        shifted = (offset == torch.arange(source, device=start.device)).float()
-    weight = (1 - (pixel - center).abs() / scale.clamp_min(1)).clamp_min(0)
-    weight = weight * ((pixel >= 0) & (pixel < length.view(-1, 1, 1)))
-    weight = weight / weight.sum(-1, keepdim=True)
-    return torch.where(whole, shifted, weight) if size == source else weight
+def _resize_matrix(start, length, size):
+    """(n, size, size): row o holds the weights of the source pixels in output pixel o of the crop [start, +length)."""
+    out = torch.arange(size, device=start.device).view(1, -1, 1)
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    at = start + ((out + 0.5) * length / size - 0.5).clamp_min(0).minimum(length - 1)
+    at = size - 1 - (size - 1 - at.abs()).abs()  # a shifted image is reflected at its border
+    return (1 - (out.mT - at).abs()).clamp_min(0)
 
 
 def _grayscale(x):
@@ -672,19 +657,20 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 @torch.no_grad()
 def extract(model, images, data, precision="fp32", batch_size=500):
-    """Features (n, .), embedding (n, .) and, for clustering methods, assigned codes (n,) of un-augmented images, in
-    eval mode, as a dict of tensors; the model comes back in the mode it was in."""
+    """Features (n, .), embedding (n, .) and, for clustering methods, assigned codes (n,) of how many `clusters`, of
+    un-augmented images in eval mode, as a dict; the model comes back in the mode it was in."""
     training = model.training
     model.eval()
     parts = []
     for batch in images.split(batch_size):
         with autocast(data.mean.device, precision):
             out = model.embed(data.normalise(batch))
-        if "scores" in out:
-            out["codes"] = out.pop("scores").argmax(1)
-        parts.append({k: v.float() if v.is_floating_point() else v for k, v in out.items()})
+        scores = out.pop("scores", None)
+        out = {name: value.float() for name, value in out.items()}
+        parts.append(out if scores is None else out | {"codes": scores.argmax(1)})
     model.train(training)
-    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return out if scores is None else out | {"clusters": scores.shape[1]}
 
 
 def _spread(images, limit):
@@ -849,7 +835,7 @@ SHARED = {  # name: (default, help, type or choices); a method's DEFAULTS may ch
 }  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)")
 
@@ -859,7 +845,7 @@ def parse_args(file, doc, defaults):
 
     `defaults` gives shared flags their value and the method's own flags a tuple (default, help[, choices]).
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     shared, own = parser.add_argument_group("shared by all methods"), parser.add_argument_group("this method's")
     for name, (default, text, kind) in SHARED.items():
         _add_flag(shared, name, defaults.get(name, default), text, kind)

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+# Seconds per run: two classes of toys, a tiny network.
+TINY = ["--dataset", "blobs", "--backbone", "mlp", "--device", "cpu", "--projector-dim", "16", "--batch-size", "128"]
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def error(self):
+        """The one line on stderr of a refused command."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err
+        (line,) = self.err.strip().splitlines()
+        return line
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(script, *flags) -> Result, in this process and in an empty folder; script is a method or "evaluate"."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *flags):
+        path = ROOT / "evaluate.py" if script == "evaluate" else ROOT / "methods" / f"{script}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            if script == "evaluate":
+                import evaluate
+
+                evaluate.main()
+            else:
+                common.load_method(script).main()
+        except SystemExit as stop:
+            code = stop.code
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def launch(script, *flags, processes=0, cwd=None):
+    """Starts methods/<script>.py in a process of its own, or under torchrun in several."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(ROOT / "methods" / f"{script}.py"), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def methods():
+    return {name: common.load_method(name) for name in METHODS}
+
+
+def same_state(a, b):
+    """Two nested states hold the same keys and, bit for bit, the same tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

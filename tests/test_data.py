@@ -1,0 +1,151 @@
+"""Data sets: what they hold, and what happens when files are missing or broken."""
+
+import argparse
+import types
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+
+CPU = torch.device("cpu")
+
+
+def load(**changes):
+    settings = {"dataset": "folder", "image_size": 16, "data_dir": "images"}
+    return common.load_data(argparse.Namespace(**settings | changes), CPU)
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """images/{train,val}/{cat,dog}/*: constant colours, one larger and not square, one gray."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                shape = (40, 24, 3) if i == 0 else (16, 16) if i == 1 else (16, 16, 3)
+                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def refused(capsys, **changes):
+    with pytest.raises(SystemExit) as stop:
+        load(**changes)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+def test_folder_holds_the_files_pixels(images):
+    data = load()
+    assert data.images.shape == (12, 3, 16, 16) and data.test_images.shape == (6, 3, 16, 16)
+    assert data.classes == ["cat", "dog"] and data.labels.tolist() == [0] * 6 + [1] * 6
+    pixels = np.asarray(Image.open(images / "train" / "dog" / "4.png"))
+    assert torch.equal(data.images[10], torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    assert torch.equal(data.images[1][0], data.images[1][2])  # gray images get three channels
+    expected = torch.stack([x.double() / 255 for x in data.images]).mean((0, 2, 3))
+    torch.testing.assert_close(data.mean, expected.float())
+
+
+def test_folder_cache_is_reused_and_follows_the_files(images):
+    first = load().images.clone()
+    caches = sorted((images / ".cache-16").iterdir())
+    assert [p.suffix for p in caches] == [".npy", ".npy"]
+    written = [p.stat().st_mtime_ns for p in caches]
+    assert torch.equal(load().images, first)
+    assert [p.stat().st_mtime_ns for p in caches] == written
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(images / "train" / "cat" / "9.png")
+    assert len(load().images) == 13
+    assert len(list((images / ".cache-16").iterdir())) == 2
+
+
+def test_folder_that_cannot_be_read_is_named(images, capsys):
+    assert "no images under 'nowhere'" in refused(capsys, data_dir="nowhere")
+    (images / "train" / "empty").mkdir()
+    line = refused(capsys)
+    assert "images/train/empty" in line and "no images" in line
+    (images / "train" / "empty").rmdir()
+    (images / "val" / "cow").mkdir()
+    assert "'cow'" in refused(capsys)
+    (images / "val" / "cow").rmdir()
+    whole = (images / "train" / "dog" / "3.png").read_bytes()
+    for broken in (b"", b"not an image", whole[: len(whole) // 2]):
+        (images / "train" / "dog" / "3.png").write_bytes(broken)
+        assert "images/train/dog/3.png" in refused(capsys)
+        assert not list((images / ".cache-16").iterdir())
+    (images / "train" / "dog" / "3.png").write_bytes(whole)
+    assert len(load().images) == 12
+    (images / "val").rename(images / "elsewhere")
+    assert "neither val/ nor test/" in refused(capsys)
+
+
+def test_imagenet100_takes_the_published_classes(images, capsys):
+    assert len(set(common.IMAGENET100)) == 100
+    assert "ImageNet-100" in refused(capsys, dataset="imagenet100")
+    for split in ("train", "val"):
+        for name in (*common.IMAGENET100, "n01440764"):
+            (images / split / name).mkdir()
+            Image.new("RGB", (20, 30)).save(images / split / name / "a.JPEG")
+    data = load(dataset="imagenet100")
+    assert len(data.images) == 100 and data.classes == sorted(common.IMAGENET100)
+
+
+@pytest.mark.parametrize("name, cls", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
+def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
+    """torchvision gives CIFAR as (N, H, W, 3) with `targets`, SVHN as (N, 3, H, W) with `labels`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+
+    def fake(root, download, train=None, split=None):
+        if name == "svhn":
+            assert split in ("train", "test") and train is None
+            return types.SimpleNamespace(data=pixels.transpose(0, 3, 1, 2), labels=np.arange(20) % 10)
+        assert split is None
+        return types.SimpleNamespace(data=pixels, targets=[i % 10 for i in range(20)], classes=list("abcdefghij"))
+
+    monkeypatch.setattr(torchvision.datasets, cls, fake)
+    data = load(dataset=name, image_size=32)
+    assert torch.equal(data.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert data.labels.tolist() == [i % 10 for i in range(20)] and len(data.classes) == 10
+    assert load(dataset=name, image_size=16).images.shape == (20, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("svhn", "train_32x32.mat")])
+def test_no_connection_says_what_to_do(name, file, tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise URLError("no connection")
+
+    monkeypatch.chdir(tmp_path)
+    for module in (torchvision.datasets.cifar, torchvision.datasets.svhn, torchvision.datasets.utils):
+        for function in ("download_and_extract_archive", "download_url"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, offline)
+    line = refused(capsys, dataset=name, data_dir="data")
+    assert file in line and "'data'" in line and "--dataset shapes" in line
+
+
+def test_shapes_are_ten_balanced_classes_and_the_same_every_time():
+    data, again = (load(dataset="shapes", image_size=32) for _ in range(2))
+    assert torch.equal(data.images, again.images)
+    assert torch.bincount(data.labels).tolist() == [500] * 10 and len(data.classes) == 10
+    assert data.images.dtype == torch.uint8 and data.images.float().std() > 30
+    seen = {image.numpy().tobytes() for image in data.images}
+    assert not any(image.numpy().tobytes() in seen for image in data.test_images)
+    assert load(dataset="shapes", image_size=48).images.shape[-1] == 48
+
+
+@pytest.mark.parametrize("name", ["blobs", "moons"])
+def test_toys_are_three_separable_classes(name):
+    data = load(dataset=name)
+    assert data.images.shape == (1500, 2) and torch.bincount(data.labels).tolist() == [500] * 3
+    accuracy = common.knn_accuracy(
+        torch.cat([data.images, torch.ones(1500, 1)], 1), data.labels,
+        torch.cat([data.test_images, torch.ones(600, 1)], 1), data.test_labels, k=5,
+    )  # fmt: skip
+    assert accuracy > 0.95
