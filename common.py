@@ -1129,6 +1129,8 @@ class Run:
     def _load(self):
         state = load_checkpoint(self.checkpoint)
         now, then = vars(self.args), state["args"]
+        if state["method"] != self.args.method:
+            fail(f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: choose another --out")
         changed = [k for k in now if k not in self.MAY_CHANGE and now[k] != then.get(k)]
         if changed:
             name = changed[0]

@@ -45,16 +45,18 @@ def linear_probe(features, labels, test_features, test_labels, epochs=100, lr=1e
 
 
 def kmeans(x, k, restarts=5, iterations=100):
-    """Cluster assignments (n,) of x (n, d): Lloyd's algorithm from k-means++ seeds, best of `restarts`."""
+    """Cluster assignments (n,) of x (n, d): Lloyd's algorithm from greedy k-means++ seeds, best of `restarts`."""
     rng, k, best = common.generator(0), min(k, len(x)), (torch.inf, None)
     for _ in range(restarts):
         chosen = [int(torch.randint(len(x), (1,), generator=rng))]
-        nearest = torch.full((len(x),), torch.inf, device=x.device)
+        nearest = (x - x[chosen[0]]).square().sum(1)
         for _ in range(k - 1):
-            nearest = torch.minimum(nearest, (x - x[chosen[-1]]).square().sum(1))
-            # Points that coincide with a seed have no weight; where all do, any point is as good.
-            weight = nearest.cpu().double() + 1e-30
-            chosen.append(int(torch.multinomial(weight, 1, generator=rng)))
+            # Points on top of a seed have no weight; where all are, any will do. The best of four draws is kept.
+            draws = torch.multinomial(nearest.cpu().double() + 1e-30, 4, replacement=True, generator=rng).to(x.device)
+            closer = torch.minimum(nearest, torch.cdist(x[draws], x).square())
+            best_draw = int(closer.sum(1).argmin())
+            nearest = closer[best_draw]
+            chosen.append(int(draws[best_draw]))
         centers, assigned = x[chosen], None
         for _ in range(iterations):
             before = assigned

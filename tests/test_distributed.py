@@ -1,0 +1,104 @@
+"""Two processes compute the loss, the gradient and the training run of one process with the whole batch."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import METHODS, OWN, ROOT, TINY, launch
+
+import common
+
+# One call per method: loss_fn's arguments from two views' rows z1, z2 (n, 8) and whatever belongs to no row.
+CALLS = {
+    "barlow_twins": lambda m, z1, z2: m.loss_fn(z1, z2),
+    "cplearn": lambda m, z1, z2: m.loss_fn(z1, z2, m.draw_codes("rademacher", 8, 40, 0), tau=0.5, beta=0.3, block=16),
+    "cplearn cross-entropy": lambda m, z1, z2: m.loss_fn(
+        z1, z2, m.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy"
+    ),
+}
+
+
+def rows():
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(12, 8, generator=rng, dtype=torch.float64) for _ in range(2)]
+
+
+def losses_and_gradients(share):
+    results = {}
+    for name, call in CALLS.items():
+        z1, z2 = (z[share].clone().requires_grad_() for z in rows())
+        terms = call(common.load_method(name.split()[0]), z1, z2)
+        terms["loss"].backward()
+        results[name] = {k: v.item() for k, v in terms.items()} | {"grad": [z1.grad.tolist(), z2.grad.tolist()]}
+    return results
+
+
+def batch_norm(share):
+    """Output, input gradient and running statistics of a batch norm over all rows."""
+    norm = common.place(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), torch.device("cpu")).double()
+    x = rows()[0][share].clone().requires_grad_()
+    y = norm(x)
+    (common.gather(y) ** 3 * rows()[1]).sum().backward()
+    common.sum_gradients(norm)
+    stats = [p.grad.tolist() for p in norm.parameters()] + [norm[0].running_mean.tolist(), norm[0].running_var.tolist()]
+    return {"y": y.tolist(), "grad": x.grad.tolist(), "stats": stats}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    half = slice(6 * dist.get_rank(), 6 * dist.get_rank() + 6)
+    with open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w") as file:
+        json.dump({"losses": losses_and_gradients(half), "norm": batch_norm(half)}, file)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    process = launch(__file__, folder, processes=2, cwd=ROOT / "tests")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def close(a, b):
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-6, atol=1e-9)
+
+
+def test_every_method_has_a_call():
+    assert {name.split()[0] for name in CALLS} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_loss_and_gradient(name, two):
+    one = losses_and_gradients(slice(None))[name]
+    for part in two:
+        for term in one.keys() - {"grad"}:
+            close(part["losses"][name][term], one[term])
+    for view in range(2):
+        close(two[0]["losses"][name]["grad"][view] + two[1]["losses"][name]["grad"][view], one["grad"][view])
+
+
+def test_batch_norm(two):
+    one = batch_norm(slice(None))
+    close(two[0]["norm"]["y"] + two[1]["norm"]["y"], one["y"])
+    close(two[0]["norm"]["grad"] + two[1]["norm"]["grad"], one["grad"])
+    for part in two:
+        for a, b in zip(part["norm"]["stats"], one["stats"], strict=True):
+            close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_run(method, run, tmp_path):
+    flags = [*TINY, *OWN[method], "--epochs", "2", "--optimizer", "sgd", "--lr", "0.01"]
+    process = launch(method, *flags, "--out", "two", processes=2, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("kNN accuracy") == 1
+    assert run(method, *flags, "--out", "one").code == 0
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -1,0 +1,230 @@
+"""A run can be stopped, killed and resumed, and refuses what it cannot do in one line before anything is written."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from conftest import METHODS, OWN, TINY, launch, same_state
+
+import common
+
+RUN = [*TINY, "--epochs", "4", "--eval-every", "2"]
+
+
+def epoch_lines(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
+
+
+def assert_same_run(a, b):
+    assert epoch_lines(a) == epoch_lines(b)
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
+    for name in ("epoch", "step", "model", "backbone", "optimizer", "rng"):
+        assert same_state(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_folder_log_and_checkpoint(method, run, tmp_path):
+    result = run(method, *RUN, *OWN[method])
+    assert result.code == 0, result.err
+    folder = tmp_path / "runs" / f"{method}-blobs-seed0"
+    assert sorted(p.name for p in folder.iterdir()) == ["last.pt", "log.jsonl"]
+    header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert header["args"]["epochs"] == 4 and header["versions"]["torch"] == torch.__version__
+    lines = epoch_lines(folder)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
+    assert ["knn" in line for line in lines] == [True, False, True, False, True]
+    assert {"loss", "center_norm", "effective_rank", "correlation"} <= lines[1].keys()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert state["method"] == method and state["epoch"] == 4 and not any(k.startswith("codes") for k in state["model"])
+    assert all(torch.equal(v, state["model"]["backbone." + k]) for k, v in state["backbone"].items())
+    for word in ("kNN accuracy", "untrained", "center_norm", f"next: python evaluate.py --init runs/{method}"):
+        assert word in result.out
+    # A finished run is not overwritten, and resuming it changes nothing.
+    assert "--resume" in run(method, *RUN, *OWN[method]).error
+    written = (folder / "last.pt").read_bytes()
+    assert run(method, *RUN, *OWN[method], "--resume").code == 0
+    assert (folder / "last.pt").read_bytes() == written and epoch_lines(folder) == lines
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [6, 22])  # in the first epoch, and at the end of the second of 11 steps
+def test_stopped_and_resumed_is_never_stopped(method, number, step, run, tmp_path, monkeypatch):
+    assert run(method, *RUN, *OWN[method], "--out", "whole").code == 0
+    record = common.Run.record
+
+    def interrupt(self, terms):
+        record(self, terms)
+        if self.step + 1 == step:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "record", interrupt)
+        stopped = run(method, *RUN, *OWN[method], "--out", "parts")
+    assert stopped.code == 128 + number and "--resume" in stopped.out
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == step
+    torch.manual_seed(123)  # whatever state the next process starts in
+    assert run(method, *RUN, *OWN[method], "--out", "parts", "--resume").code == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_killed_from_outside_resumes(number, run, tmp_path):
+    """kill -9 leaves the last checkpoint whole; the images, the network and the augmentation come back as they were."""
+    flags = ["--dataset", "shapes", "--device", "cpu", "--width", "8", "--image-size", "16", "--epochs", "2"]
+    flags += ["--projector-dim", "16", "--batch-size", "500", "--augment", "weak"]
+    process = launch("barlow_twins", *flags, "--out", "parts", cwd=tmp_path)
+    # The log's line of the first epoch comes before its checkpoint.
+    deadline = time.time() + 120
+    while not (tmp_path / "parts" / "last.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert state["step"] < 20 and process.returncode != 0
+    torch.set_num_threads(1)
+    assert run("barlow_twins", *flags, "--out", "parts", "--resume").code == 0
+    assert run("barlow_twins", *flags, "--out", "whole").code == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    common.replace(path, lambda file: file.write(b"old"))
+
+    def crash(file):
+        file.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        common.replace(path, crash)
+    assert path.read_bytes() == b"old"
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(run, tmp_path):
+    """A crash between an epoch's log line and its checkpoint leaves a line of work that will be done again."""
+    assert run("barlow_twins", *RUN, "--out", "whole").code == 0
+    assert run("barlow_twins", *RUN, "--out", "parts", "--save-every", "4").code == 0
+    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert state["epoch"] == 4
+    with (tmp_path / "parts" / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 5, "loss": 1.0}) + "\n" + '{"epoch": 6, "lo')
+    longer = [*RUN, "--epochs", "5", "--out", "parts", "--resume"]
+    assert run("barlow_twins", *longer).code == 0
+    assert [line["epoch"] for line in epoch_lines(tmp_path / "parts")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    result = run("barlow_twins", *RUN, "--lr", "1e30", "--optimizer", "sgd", "--warmup-epochs", "2")
+    assert result.code == 1
+    (line,) = result.err.strip().splitlines()
+    assert "epoch 1" in line and ("nan" in line or "inf" in line)
+    assert not (tmp_path / "runs" / "barlow_twins-blobs-seed0" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "lars"])
+def test_optimizers_learn_and_resume(optimizer, run, tmp_path):
+    flags = [*RUN, "--optimizer", optimizer, "--lr", "0.01"]
+    assert run("barlow_twins", *flags, "--out", "whole").code == 0
+    lines = epoch_lines(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[1]["loss"]
+    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert len(state["optimizer"]["state"]) == len(state["optimizer"]["param_groups"][0]["params"]) + len(
+        state["optimizer"]["param_groups"][1]["params"]
+    )
+
+
+def test_lars_step_is_its_equation():
+    """v <- 0.9 v + eta |w| / |g + wd w| (g + wd w), w <- w - lr v; biases plain."""
+    torch.manual_seed(0)
+    w, b = torch.randn(3, 2, requires_grad=True), torch.randn(3, requires_grad=True)
+    optimizer = common.LARS([{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.1}], lr=0.5)
+    vw, vb, ew, eb = 0, 0, w.detach().clone(), b.detach().clone()
+    for _ in range(3):
+        w.grad, b.grad = torch.randn(3, 2), torch.randn(3)
+        g = w.grad + 0.1 * ew
+        vw = 0.9 * vw + 0.001 * ew.norm() / g.norm() * g
+        vb = 0.9 * vb + b.grad
+        ew, eb = ew - 0.5 * vw, eb - 0.5 * vb
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), ew)
+        torch.testing.assert_close(b.detach(), eb)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
+    assert run("barlow_twins", *RUN, "--warmup-epochs", "2", "--lr", "0.25", "--out", "r").code == 0
+    rates = [line["lr"] for line in epoch_lines(tmp_path / "r")[1:]]
+    assert rates[0] == pytest.approx(0.125) and rates[1] == pytest.approx(0.25)
+    assert rates[1] > rates[2] > rates[3] >= 0 and rates[3] < 0.02
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--lam", "1"], "--lam"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--batch-size", "1501"], "--batch-size 1501 is larger than the training set of 1500"),
+        (["--lr", "nan"], "--lr"),
+        (["--seed", "-1"], "--seed"),
+        (["--warmup-epochs", "9"], "--warmup-epochs 9"),
+        (["--dataset", "imagenet"], "--dataset"),
+        (["--backbone", "resnet18"], "--backbone"),
+        (["--backbone", "resnet18", "--dataset", "folder", "--data-dir", "nowhere"], "'nowhere'"),
+        (["--device", "cuda"], "--device"),
+        (["--optimizer", "adamw"], "adamw"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        flags, words = ["--device", "mps"], "--device"
+    assert words in run("barlow_twins", *RUN, *flags).error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--c", "1"], "--c must be at least 2"),
+        (["--codes", "hadamard", "--c", "17"], "hadamard"),
+        (["--codes", "hadamard", "--projector-dim", "12", "--c", "8"], "hadamard"),
+        (["--activation", "relu"], "relu"),
+        (["--prior", "kl"], "kl"),
+    ],
+)
+def test_bad_input_to_cplearn(flags, words, run, tmp_path):
+    assert words in run("cplearn", *RUN, *flags).error
+    assert not list(tmp_path.iterdir())
+
+
+def test_cplearn_warns_of_a_beta_above_one(run):
+    flags = [*RUN, "--c", "32", "--epochs", "1"]
+    (line,) = [x for x in run("cplearn", *flags, "--beta", "1.25", "--out", "a").err.splitlines() if "warning" in x]
+    assert "collapse" in line
+    assert "warning" not in run("cplearn", *flags, "--beta", "1", "--out", "b").err
+
+
+def test_resume_refuses_another_run_and_broken_checkpoints(run, tmp_path):
+    assert run("barlow_twins", *RUN, "--out", "r").code == 0
+    checkpoint = tmp_path / "r" / "last.pt"
+    whole, log = checkpoint.read_bytes(), (tmp_path / "r" / "log.jsonl").read_bytes()
+    assert "--projector-dim" in run("barlow_twins", *RUN, "--out", "r", "--resume", "--projector-dim", "8").error
+    assert "a run of barlow_twins, not cplearn" in run("cplearn", *RUN, "--out", "r", "--resume").error
+    assert "4 epochs" in run("barlow_twins", *RUN, "--out", "r", "--resume", "--epochs", "2").error
+    for broken in (whole[: len(whole) // 2], b"", b"something else"):
+        checkpoint.write_bytes(broken)
+        assert "damaged or not a checkpoint" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
+    torch.save({"weights": torch.ones(3)}, checkpoint)
+    assert "not a checkpoint of these methods" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
+    assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
+    (tmp_path / "file").write_text("")
+    assert "run folder" in run("barlow_twins", *RUN, "--out", "file/r").error
