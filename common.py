@@ -656,17 +656,15 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 
 @torch.no_grad()
-def extract(model, images, data, precision="fp32", batch_size=500):
+def extract(model, images, data, batch_size=500):
     """Features (n, .), embedding (n, .) and, for clustering methods, assigned codes (n,) of how many `clusters`, of
-    un-augmented images in eval mode, as a dict; the model comes back in the mode it was in."""
+    un-augmented images in eval mode and float32, as a dict; the model comes back in the mode it was in."""
     training = model.training
     model.eval()
     parts = []
     for batch in images.split(batch_size):
-        with autocast(data.mean.device, precision):
-            out = model.embed(data.normalise(batch))
+        out = model.embed(data.normalise(batch))
         scores = out.pop("scores", None)
-        out = {name: value.float() for name, value in out.items()}
         parts.append(out if scores is None else out | {"codes": scores.argmax(1)})
     model.train(training)
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -679,10 +677,10 @@ def _spread(images, limit):
     return torch.arange(min(limit, n), device=images.device) * n // min(limit, n)
 
 
-def collapse_metrics(model, data, args):
+def collapse_metrics(model, data):
     """The figures shown while training, of up to 1000 un-augmented training images (under 2 % of an epoch)."""
     some = _spread(data.images, max(2, min(1000, len(data.images) // 10)))
-    out = extract(model, data.images[some], data, args.precision)
+    out = extract(model, data.images[some], data)
     z = out["embedding"]
     metrics = {
         "center_norm": center_norm(z),
@@ -694,12 +692,12 @@ def collapse_metrics(model, data, args):
     return metrics
 
 
-def knn_monitor(model, data, args):
-    """kNN accuracy of up to 2000 test images in a bank of up to 10,000 training images, evenly spread over the sets."""
+def knn_monitor(model, data):
+    """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images, evenly spread over the sets."""
     features, labels = [], []
-    for images, label, limit in ((data.images, data.labels, 10_000), (data.test_images, data.test_labels, 2_000)):
+    for images, label, limit in ((data.images, data.labels, 5_000), (data.test_images, data.test_labels, 2_000)):
         some = _spread(images, limit)
-        features.append(extract(model, images[some], data, args.precision)["features"])
+        features.append(extract(model, images[some], data)["features"])
         labels.append(label[some])
     return knn_accuracy(features[0], labels[0], features[1], labels[1])
 
@@ -889,11 +887,6 @@ def find_device(name):
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
-def autocast(device, precision):
-    """bfloat16 for the network where `precision` says so; losses run outside it, in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def start(args):
     """Joins the processes under torchrun, seeds torch, and returns the device."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -980,8 +973,8 @@ class Run:
         if is_main():
             self._open_log()
         if is_main() and self.step == 0:
-            knn = knn_monitor(model, data, args)
-            self._write({"epoch": 0, "knn": knn, **collapse_metrics(model, data, args)})
+            knn = knn_monitor(model, data)
+            self._write({"epoch": 0, "knn": knn, **collapse_metrics(model, data)})
         quiet = None if is_main() else True
         self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
 
@@ -1022,7 +1015,7 @@ class Run:
         last = done == self.args.epochs
         if is_main():
             if done % self.args.eval_every == 0 or last:
-                line["knn"] = knn_monitor(self.model, self.data, self.args)
+                line["knn"] = knn_monitor(self.model, self.data)
             self._write(line)
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("epoch", "lr", "images_per_second"))
             tqdm.write(f"epoch {done}/{self.args.epochs}  {shown}")

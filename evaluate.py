@@ -72,10 +72,10 @@ def kmeans(x, k, restarts=5, iterations=100):
     return best[1]
 
 
-def evaluate(model, data, precision):
+def evaluate(model, data):
     """All figures of one model in eval mode, as a dict of numbers."""
-    train = common.extract(model, data.images, data, precision)
-    test = common.extract(model, data.test_images, data, precision)
+    train = common.extract(model, data.images, data)
+    test = common.extract(model, data.test_images, data)
     labels, test_labels = (y.to(train["features"].device) for y in (data.labels, data.test_labels))
     own_codes = "codes" in test
     codes = test["codes"] if own_codes else kmeans(test["features"], len(data.classes))
@@ -103,10 +103,8 @@ def main():
     parser.add_argument("--dataset", choices=common.SHARED["dataset"][2], metavar="NAME", help="[the training data]")
     parser.add_argument("--data-dir", help="where that data set is [as in training]")
     parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[cuda, else mps, else cpu]")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="[cuda: bf16, else fp32]")
     options = parser.parse_args()
     device = common.find_device(options.device)
-    precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
 
     states = [common.load_checkpoint(path) for path in options.checkpoints]
     jobs = [
@@ -126,7 +124,7 @@ def main():
             loaded = {key: common.load_data(args, device)}  # only the last one is kept in memory
         epoch = state["epoch"] if trained else 0
         row = {"checkpoint": path, "method": state["method"], "dataset": args.dataset, "epoch": epoch}
-        rows.append(row | evaluate(model, loaded[key], precision))
+        rows.append(row | evaluate(model, loaded[key]))
     if options.json:
         json.dump(rows, sys.stdout, indent=2)
         print()

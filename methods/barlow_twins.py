@@ -95,7 +95,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
 
-            with common.autocast(device, args.precision):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 inputs = network(x1, x2)
             terms = loss_fn(**inputs)
 
@@ -104,7 +104,7 @@ def main():
             common.sum_gradients(model)
             optimizer.step()
             run.record(terms)
-        run.end_epoch(common.collapse_metrics(model, data, args))
+        run.end_epoch(common.collapse_metrics(model, data))
     run.finish()
 
 

@@ -4,10 +4,10 @@
     tau = f / (sqrt(n) log((1 - eps (c - 1)) / eps)), eps = 1e-8;  loss = beta mean_i CE(p_i, p'_i) + prior(mean_i p_i)
 
 What prevents collapse: the prior, KL(mean p || uniform), forbids one or few codes for all images; quasi-orthogonal
-codes, many more than dimensions (c >> f), spread embeddings over all directions. `--beta` sets the balance. Balanced
-hard codes cost log(c/n) if n < c, the uniform assignment beta log(c), one code for all log(c): above beta = 1 total
-collapse is cheaper than the uniform start (Table 9's cliff); below log(c/n) / log(c) soft assignments are cheaper than
-hard ones, which need not be bad. `--beta 0` takes the views' agreement away.
+codes, many more than dimensions (c >> f), spread embeddings over all directions. `--beta 0` takes the agreement away, a
+large beta drowns the prior: balanced hard codes cost log(c/n) if n < c, uniform assignments beta log(c), one code for
+all log(c). So above beta = 1 total collapse is cheaper than the uniform start (Table 9's cliff), and below
+log(c/n) / log(c) soft assignments are cheaper than hard ones, which need not be bad.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: the prior is Appendix N's reverse KL (Eq. 2's is unbounded once a code goes unused) and both
@@ -47,44 +47,38 @@ VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # what each view change
 # --- the method
 
 
-class BlockwiseLoss(torch.autograd.Function):
-    """Eq. 2 and its gradient in two walks over blocks of codes, so that no n × c matrix is ever held."""
-
-    @staticmethod
-    def forward(ctx, h1, h2, codes, tau, beta, prior, block):
-        n, c = common.world_size() * len(h1), codes.shape[1]
-        h = (torch.cat([h1, h2]) / tau).requires_grad_()
-        lse = torch.stack([(h @ w.to(h)).logsumexp(1) for w in codes.split(block, 1)]).logsumexp(0).requires_grad_()
-        terms, slope = 0, 0
-        for w in codes.split(block, 1):
-            w = w.to(h)
-            with torch.enable_grad():
-                log_p = (h @ w - lse[:, None]).view(2, len(h1), -1)
-                p = log_p.exp()
-                # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
-                log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
-                invariance = -(p * log_p.flip(0)).sum() / (2 * n)
-                if prior == "reverse-kl":
-                    matching = (log_mean.exp() * (log_mean + math.log(c))).sum() / 2
-                else:
-                    matching = -log_mean.sum() / (2 * c)
-                (beta * invariance + matching).backward()
-            terms += torch.stack([invariance.detach(), matching.detach()])
-            slope += p.detach().flatten(0, 1) @ w.T
-        # h.grad holds the log-sum-exp fixed; the chain rule adds its share, slope = d lse / d h.
-        ctx.save_for_backward((h.grad + lse.grad[:, None] * slope) / tau)
-        invariance, matching = common.gather(terms[:1]).sum(), terms[1]
-        ctx.mark_non_differentiable(invariance, matching)
-        return beta * invariance + matching, invariance, matching
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        return *(grad * ctx.saved_tensors[0]).chunk(2), None, None, None, None, None
-
-
 def loss_fn(h1, h2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
-    """Eq. 2 of two views' embeddings (n, f) and codes (f, c): `loss`, and without gradient `invariance` and `prior`."""
-    loss, invariance, matching = BlockwiseLoss.apply(h1, h2, codes, tau, beta, prior, block)
+    """Eq. 2 of two views' embeddings (n, f) and codes (f, c), as scalars `loss`, `invariance` and `prior`.
+
+    Walks over blocks of codes twice, first for the softmax's log-sum-exp, then for loss and gradient together, so that
+    no n × c matrix is ever held. Only `loss` has a gradient, and only into h1 and h2.
+    """
+    n, c, h = common.world_size() * len(h1), codes.shape[1], torch.cat([h1, h2]) / tau
+    leaf = h.detach().requires_grad_()
+    lse = (
+        torch.stack([(leaf.detach() @ w.to(h)).logsumexp(1) for w in codes.split(block, 1)])
+        .logsumexp(0)
+        .requires_grad_()
+    )
+    invariance, matching, slope = 0, 0, 0
+    for w in codes.split(block, 1):
+        with torch.enable_grad():
+            log_p = (leaf @ w.to(h) - lse[:, None]).view(2, len(h1), -1)
+            # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
+            log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
+            cross = -(log_p.exp() * log_p.flip(0)).sum() / (2 * n)
+            if prior == "reverse-kl":
+                gap = (log_mean.exp() * (log_mean + math.log(c))).sum() / 2
+            else:
+                gap = -log_mean.sum() / (2 * c)
+            (beta * cross + gap).backward()
+        invariance, matching = invariance + cross.detach(), matching + gap.detach()
+        slope = slope + log_p.detach().exp().flatten(0, 1) @ w.to(h).T
+    # leaf.grad holds the log-sum-exp fixed; the chain rule adds its share, slope = d lse / d h.
+    grad = leaf.grad + lse.grad[:, None] * slope
+    invariance = common.gather(invariance[None]).sum()
+    # The second term is zero; its gradient is the one just computed.
+    loss = beta * invariance + matching + (grad * (h - h.detach())).sum()
     return {"loss": loss, "invariance": invariance, "prior": matching}
 
 
@@ -114,22 +108,20 @@ class Model(nn.Module):
             common.fail(f"--c must be at least 2, not {args.c}: with one code there is nothing to tell apart")
         if args.beta > 1:
             print(f"warning: at beta {args.beta} > 1 total collapse is cheaper than the uniform start", file=sys.stderr)
-        # Not stored but rebuilt from the seed. n is the training batch's size, kept for evaluation.
+        # Not stored but rebuilt from the seed. The n of Eq. 1 is training's batch size, whatever evaluation's is.
         self.register_buffer("codes", draw_codes(args.codes, args.projector_dim, args.c, args.seed), persistent=False)
-        self.scale, eps = 1 / math.sqrt(args.batch_size), 1e-8
-        self.tau = args.projector_dim * self.scale / math.log((1 - eps * (args.c - 1)) / eps)
+        self.tau = args.projector_dim / (math.sqrt(args.batch_size) * math.log((1 - 1e-8 * (args.c - 1)) / 1e-8))
 
     def project(self, z):
         z = self.head(z).float()
-        if self.args.activation == "l2":
-            return self.scale * math.sqrt(z.shape[1]) * nn.functional.normalize(z, dim=1)
-        return z.tanh() * (self.scale if self.args.activation == "tanh" else 1)
+        h = z.tanh() if "tanh" in self.args.activation else math.sqrt(z.shape[1]) * nn.functional.normalize(z, dim=1)
+        return h if self.args.activation == "tanh-unscaled" else h / math.sqrt(self.args.batch_size)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
         h1, h2 = (self.project(self.backbone(x)) for x in (x1, x2))
-        beta, prior = self.args.beta, self.args.prior
-        return {"h1": h1, "h2": h2, "codes": self.codes, "tau": self.tau, "beta": beta, "prior": prior}
+        settings = {"tau": self.tau, "beta": self.args.beta, "prior": self.args.prior}
+        return {"h1": h1, "h2": h2, "codes": self.codes, **settings}
 
     def embed(self, x):
         """What evaluation asks for: the backbone's `features`, the `embedding` and its `scores` over the codes."""
@@ -158,7 +150,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
 
-            with common.autocast(device, args.precision):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 inputs = network(x1, x2)
             terms = loss_fn(**inputs)
 
@@ -167,7 +159,7 @@ def main():
             common.sum_gradients(model)
             optimizer.step()
             run.record(terms)
-        run.end_epoch(common.collapse_metrics(model, data, args))
+        run.end_epoch(common.collapse_metrics(model, data))
     run.finish()
 
 

@@ -1,0 +1,125 @@
+"""Time and memory beside the plain way of doing the same, as ratios: python tests/benchmark.py
+
+CPLearn's loss and gradient, blockwise against the formula written down with n × c matrices; and one batch of augmented
+views against torchvision's transforms image by image. Times are medians of alternating runs in one process; peak extra
+memory is that of a process of its own (on a GPU, of the allocator) above what the inputs need.
+"""
+
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+DEVICE = common.find_device(None)
+cplearn = common.load_method("cplearn")
+
+
+def inputs(n, f, c):
+    rng = torch.Generator().manual_seed(0)
+    h = [math.sqrt(f / n) * torch.nn.functional.normalize(torch.randn(n, f, generator=rng)) for _ in range(2)]
+    h = [x.to(DEVICE).requires_grad_() for x in h]
+    return *h, cplearn.draw_codes("rademacher", f, c, 0).to(DEVICE), f / (math.sqrt(n) * math.log(1e8))
+
+
+def plain(h1, h2, codes, tau):
+    """Algorithm 1 with Appendix N's prior, averaged over the views, in log space; `codes` already float32."""
+    log_p1, log_p2 = (h1 @ codes / tau).log_softmax(1), (h2 @ codes / tau).log_softmax(1)
+    p1, p2 = log_p1.exp(), log_p2.exp()
+    invariance = -((p1 * log_p2).sum(1).mean() + (p2 * log_p1).sum(1).mean()) / 2
+    prior = 0
+    for log_p in (log_p1, log_p2):
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+        prior = prior + (log_mean.exp() * (log_mean + math.log(codes.shape[1]))).sum() / 2
+    return invariance + prior
+
+
+def blockwise(h1, h2, codes, tau):
+    return cplearn.loss_fn(h1, h2, codes, tau=tau)["loss"]
+
+
+def step(loss, h1, h2, codes, tau):
+    value = loss(h1, h2, codes, tau)
+    return value.detach(), *torch.autograd.grad(value, (h1, h2))
+
+
+def seconds(function):
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def rival_times(repeats, *functions):
+    """Median seconds of each function, runs alternating so that all meet the same machine."""
+    for function in functions:
+        function()
+    times = [[seconds(function) for function in functions] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def peak_extra(name, n, f, c):
+    """Bytes above the inputs that one step needs at its peak, measured in this process."""
+    h1, h2, codes, tau = inputs(n, f, c)
+    codes = codes.float() if name == "plain" else codes
+    step(globals()[name], h1, h2, codes[:, :256], tau)
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(globals()[name], h1, h2, codes, tau)
+        return torch.cuda.max_memory_allocated() - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(globals()[name], h1, h2, codes, tau)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def main():
+    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
+    print("CPLearn's loss and gradient: blockwise beside plain")
+    print(f"{'(n, f, c)':>20}  {'times faster':>12}  {'memory':>24}  {'gradient differs by':>19}")
+    for n, f, c in ((64, 512, 16384), (256, 384, 131072)):
+        h1, h2, codes, tau = inputs(n, f, c)
+        floats = codes.float()
+        fast, slow = (step(blockwise, h1, h2, codes, tau), step(plain, h1, h2, floats, tau))
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(fast, slow, strict=True))
+        times = rival_times(7, lambda: step(blockwise, h1, h2, codes, tau), lambda: step(plain, h1, h2, floats, tau))
+        memory = []
+        for name in ("blockwise", "plain"):
+            command = [sys.executable, __file__, name, str(n), str(f), str(c)]
+            memory.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20)
+        share = f"{memory[0]:.0f} MiB / {memory[1]:.0f} MiB = 1/{memory[1] / memory[0]:.0f}"
+        print(f"{f'({n}, {f}, {c})':>20}  {times[1] / times[0]:>12.2f}  {share:>24}  {error:>19.0e}")
+
+    images = common.draw_shapes(256, 32, 0)[0].to(DEVICE)
+    zero, one = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    transform = v2.Compose([
+        v2.RandomResizedCrop(32, (0.08, 1), antialias=True), v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2), v2.Normalize([0.0] * 3, [1.0] * 3),
+    ])  # fmt: skip
+    rng = common.generator(0)
+
+    def batched():
+        return common.augment(images, common.draw_augmentation(256, common.AUGMENT["strong"], 32, rng), zero, one)
+
+    times = rival_times(5, batched, lambda: torch.stack([transform(image) for image in images]))
+    print(f"\nstrong augmentation of 256 images of 32 × 32, batched: {times[1] / times[0]:.1f} times faster")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(peak_extra(sys.argv[1], *map(int, sys.argv[2:])))
+    else:
+        main()
