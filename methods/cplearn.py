@@ -10,8 +10,8 @@ all log(c). So above beta = 1 total collapse is cheaper than the uniform start (
 log(c/n) / log(c) soft assignments are cheaper than hard ones, which need not be bad.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: the prior is Appendix N's reverse KL (Eq. 2's is unbounded once a code goes unused) and both
-terms are averaged over the views, as in the authors' code, whose tanh lacks 1/sqrt(n) and makes P sharper than Eq. 1.
+Departs from the paper: as in the authors' code the prior is Appendix N's reverse KL (Eq. 2's is unbounded once a code
+goes unused), averaged over the views; its tanh, which lacks 1/sqrt(n) and so makes P far sharper than Eq. 1, is a flag.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -36,7 +36,7 @@ DEFAULTS = {
     "projector_dim": (2048, "width of the embedding z"),
     # this method's
     "c": (16384, "codes in the dictionary; many more than projector_dim against dimensional and intracluster collapse"),
-    "beta": (1.0, "weight of the views' agreement; above 1 total collapse is cheaper than the uniform start"),
+    "beta": (0.25, "weight of the views' agreement; 1 suits long runs, above it collapse is cheaper than the start"),
     "activation": ("l2", "tanh is divided by sqrt(n): a corner has l2's norm", ["l2", "tanh", "tanh-unscaled"]),
     "prior": ("reverse-kl", "Appendix N's, bounded, or Eq. 2's", ["reverse-kl", "cross-entropy"]),
     "codes": ("rademacher", "hadamard: exactly orthogonal, c <= projector_dim", ["rademacher", "hadamard"]),
