@@ -54,26 +54,23 @@ def loss_fn(h1, h2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
     no n × c matrix is ever held. Only `loss` has a gradient, and only into h1 and h2.
     """
     n, c, h = common.world_size() * len(h1), codes.shape[1], torch.cat([h1, h2]) / tau
-    leaf = h.detach().requires_grad_()
-    lse = (
-        torch.stack([(leaf.detach() @ w.to(h)).logsumexp(1) for w in codes.split(block, 1)])
-        .logsumexp(0)
-        .requires_grad_()
-    )
+    leaf, blocks = h.detach().requires_grad_(), codes.split(block, 1)
+    lse = torch.stack([(h.detach() @ w.to(h)).logsumexp(1) for w in blocks]).logsumexp(0).requires_grad_()
     invariance, matching, slope = 0, 0, 0
-    for w in codes.split(block, 1):
+    for w in (w.to(h) for w in blocks):
         with torch.enable_grad():
-            log_p = (leaf @ w.to(h) - lse[:, None]).view(2, len(h1), -1)
+            log_p = (leaf @ w - lse[:, None]).view(2, len(h1), -1)
+            p = log_p.exp()
             # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
             log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
-            cross = -(log_p.exp() * log_p.flip(0)).sum() / (2 * n)
+            cross = -(p * log_p.flip(0)).sum() / (2 * n)
             if prior == "reverse-kl":
                 gap = (log_mean.exp() * (log_mean + math.log(c))).sum() / 2
             else:
                 gap = -log_mean.sum() / (2 * c)
             (beta * cross + gap).backward()
         invariance, matching = invariance + cross.detach(), matching + gap.detach()
-        slope = slope + log_p.detach().exp().flatten(0, 1) @ w.to(h).T
+        slope = slope + p.detach().flatten(0, 1) @ w.T
     # leaf.grad holds the log-sum-exp fixed; the chain rule adds its share, slope = d lse / d h.
     grad = leaf.grad + lse.grad[:, None] * slope
     invariance = common.gather(invariance[None]).sum()
