@@ -227,7 +227,7 @@ def _decode(root, split, files, size):
 def draw_toy(name, n, seed):
     """`n` points (n, 2) of three classes: "blobs" are Gaussians around a circle, "moons" interleaved half circles."""
     rng = generator(seed)
-    labels = torch.arange(n) % 3
+    labels = torch.randperm(n, generator=rng) % 3
     noise = torch.randn(n, 2, generator=rng)
     if name == "blobs":
         angle = 2 * math.pi * labels / 3
@@ -275,7 +275,7 @@ def draw_shapes(n, size, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
-    labels = torch.arange(n) % len(SHAPES)
+    labels = torch.randperm(n, generator=rng) % len(SHAPES)
     axis = torch.linspace(-1, 1, size)
     radius, angle = uniform(0.5, 0.7, 1, 1), uniform(0, 2 * math.pi, 1, 1)
     x = axis.view(1, 1, -1) - uniform(-0.2, 0.2, 1, 1)
