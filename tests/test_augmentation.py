@@ -99,6 +99,23 @@ def test_views_depend_on_seed_epoch_and_step_alone():
     assert sum(1 for _ in common.two_views(data, make_args(batch_size=1999), views, 0)) == 2  # 5000 = 2 · 1999 + rest
 
 
+def test_no_two_batches_are_augmented_alike(monkeypatch):
+    seeds = []
+    original = common.draw_augmentation
+
+    def spy(n, settings, size, draw):
+        seeds.append(draw.initial_seed())
+        return original(n, settings, size, draw)
+
+    monkeypatch.setattr(common, "draw_augmentation", spy)
+    args = make_args(batch_size=1000)
+    data = common.load_data(args, torch.device("cpu"))
+    for args.seed in (0, 1):
+        for epoch in (0, 1):
+            assert len(list(common.two_views(data, args, ({},), epoch))) == 5
+    assert len(set(seeds)) == len(seeds) == 20
+
+
 def test_toy_views_are_two_samples_of_one_class():
     args = make_args(dataset="moons")
     data = common.load_data(args, torch.device("cpu"))
