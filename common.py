@@ -8,6 +8,7 @@ Run            parse_args, start, Run          flags, seeds, processes, folder, 
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -542,6 +543,11 @@ class ResNet8(nn.Module):
         x = self.convs[5](act(self.convs[4](act(x)))) + x
         x = self.convs[7](act(self.convs[6](act(x)))) + x
         return act(x).mean(dim=(2, 3))
+
+
+def frozen_copy(*modules):
+    """A copy of the modules, one after the other, that no gradient reaches: a momentum teacher."""
+    return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)
 
 
 # --- collapse metrics

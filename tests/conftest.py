@@ -14,7 +14,18 @@ import common  # noqa: E402
 
 # Less than a second per run: three classes of points, a tiny network, and each method's own sizes small too.
 TINY = ["--dataset", "blobs", "--backbone", "mlp", "--device", "cpu", "--projector-dim", "16", "--batch-size", "128"]
-OWN = {"barlow_twins": [], "cplearn": ["--c", "64"]}
+OWN = {
+    "barlow_twins": [],
+    "byol": [],
+    "center_vector": [],
+    "cplearn": ["--c", "64"],
+    "dino": ["--prototypes", "32"],
+    "simclr": [],
+    "simsiam": [],
+    "swav": ["--prototypes", "32", "--queue", "256"],
+    "vicreg": [],
+    "wmse": ["--embedding-dim", "8", "--part-size", "32"],
+}
 
 
 class Result:

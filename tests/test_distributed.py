@@ -17,6 +17,14 @@ CALLS = {
     "cplearn cross-entropy": lambda m, z1, z2: m.loss_fn(
         z1, z2, m.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy"
     ),
+    "simclr": lambda m, z1, z2: m.loss_fn(z1, z2, temperature=0.3),
+    "simsiam": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
+    "byol": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
+    "dino": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3, torch.arange(8.0)),
+    "swav": lambda m, z1, z2: m.loss_fn(z1, z2),
+    "vicreg": lambda m, z1, z2: m.loss_fn(z1 / 3, z2 / 3),
+    "wmse": lambda m, z1, z2: (torch.manual_seed(0), m.loss_fn(z1[:, :2], z2[:, :2], part_size=6))[1],
+    "center_vector": lambda m, z1, z2: m.loss_fn(z1, z2),
 }
 
 
@@ -92,7 +100,7 @@ def test_batch_norm(two):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_run(method, run, tmp_path):
-    flags = [*TINY, *OWN[method], "--epochs", "2", "--optimizer", "sgd", "--lr", "0.01"]
+    flags = [*TINY, *OWN[method], "--epochs", "1", "--optimizer", "sgd", "--lr", "0.01"]
     process = launch(method, *flags, "--out", "two", processes=2, cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import OWN, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
 
 F64 = torch.float64
 
@@ -222,3 +225,304 @@ def test_cplearn_activations(methods):
     torch.testing.assert_close(norms["tanh-unscaled"], 8 * norms["tanh"])
     # The temperature belongs to the training batch, whatever the batch it meets later.
     assert model.tau == pytest.approx(temperature(64, 16, 32))
+
+
+# --- SimCLR
+
+
+def slow_simclr(z1, z2, temperature):
+    """Eq. 1 anchor by anchor."""
+    z = torch.cat([z1, z2])
+    n, total = len(z1), 0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        sims = [(z[i] @ z[k]) / (z[i].norm() * z[k].norm()) / temperature for k in range(2 * n)]
+        total = total - sims[j] + torch.stack([sims[k] for k in range(2 * n) if k != i]).logsumexp(0)
+    return total / (2 * n)
+
+
+@pytest.mark.parametrize("n, d, temperature", [(5, 4, 0.5), (2, 3, 0.1), (4, 6, 0.001)])
+def test_simclr_is_its_equation(methods, n, d, temperature):
+    z1, z2 = random_views(n, d)
+    terms = methods["simclr"].loss_fn(z1, z2, temperature=temperature)
+    assert_same_value_and_gradient(terms["loss"], slow_simclr(z1, z2, temperature), [z1, z2])
+
+
+def test_simclr_of_orthogonal_negatives_in_closed_form(methods):
+    """Identical views, all images orthogonal: -log(e^(1/t) / (e^(1/t) + 2n - 2))."""
+    n, t = 6, 0.2
+    z = torch.eye(n, dtype=F64)
+    expected = -math.log(math.exp(1 / t) / (math.exp(1 / t) + 2 * n - 2))
+    assert methods["simclr"].loss_fn(z, z, temperature=t)["loss"].item() == pytest.approx(expected)
+    # A temperature at which exp(1 / t) overflows even in float64.
+    assert methods["simclr"].loss_fn(z, z, temperature=1e-4)["loss"].item() == pytest.approx(0, abs=1e-9)
+
+
+# --- SimSiam and BYOL
+
+
+def slow_cosine(a, b):
+    return sum((a[i] @ b[i]) / (a[i].norm() * b[i].norm()) for i in range(len(a))) / len(a)
+
+
+@pytest.mark.parametrize("n", [2, 6])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_simsiam_is_its_equation(methods, n, stop_gradient):
+    p1, p2 = random_views(n, 5)
+    z1, z2 = random_views(n, 5, seed=1)
+    loss = methods["simsiam"].loss_fn(p1, p2, z1, z2, stop_gradient=stop_gradient)["loss"]
+    t1, t2 = (z1.detach(), z2.detach()) if stop_gradient else (z1, z2)
+    inputs = [p1, p2] if stop_gradient else [p1, p2, z1, z2]
+    assert_same_value_and_gradient(loss, -(slow_cosine(p1, t2) + slow_cosine(p2, t1)) / 2, inputs)
+
+
+def test_simsiam_of_identical_views_is_minus_one_without_gradient_into_z(methods):
+    z = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    p = z.detach().clone().requires_grad_()
+    loss = methods["simsiam"].loss_fn(p, p, z, z)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(-1) and z.grad is None and p.grad is not None
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_byol_is_its_equation(methods, n):
+    """The squared distance of the normalised vectors, both directions added."""
+    p1, p2 = random_views(n, 5)
+    t1, t2 = random_views(n, 5, seed=1)
+    expected = 0
+    for p, t in ((p1, t2), (p2, t1)):
+        for i in range(n):
+            expected = expected + (p[i] / p[i].norm() - t[i].detach() / t[i].norm().detach()).square().sum() / n
+    loss = methods["byol"].loss_fn(p1, p2, t1, t2)["loss"]
+    assert_same_value_and_gradient(loss, expected, [p1, p2])
+    assert not torch.autograd.grad(loss, [t1], allow_unused=True)[0]
+    opposite = methods["byol"].loss_fn(p1, p2, -p2, -p1)["loss"]
+    assert opposite.item() == pytest.approx(8)
+
+
+def build_model(methods, name, *flags):
+    """The method's Model as the command line with these flags would build it."""
+    import sys
+    from unittest import mock
+
+    with mock.patch.object(sys, "argv", [name, *TINY, *OWN[name], *flags]):
+        args = common.parse_args(f"{name}.py", "", methods[name].DEFAULTS)
+    torch.manual_seed(0)
+    return methods[name].Model(args)
+
+
+@pytest.mark.parametrize("name", ["byol", "dino"])
+@pytest.mark.parametrize("progress, momentum", [(0.0, 0.9), (0.5, 0.95), (1.0, 1.0)])
+def test_teacher_is_the_moving_average_of_parameters_alone(methods, name, progress, momentum):
+    model = build_model(methods, name, "--momentum", "0.9")
+    student = [*model.backbone.parameters(), *model.head.parameters()]
+    student += model.prototypes.parameters() if name == "dino" else []
+    teacher = list(model.teacher.parameters())
+    assert all(torch.equal(t, s) for t, s in zip(teacher, student, strict=True))
+    assert not any(t.requires_grad for t in teacher)
+    model.train()
+    model(*torch.randn(2, 8, 2))
+    buffers = [b.clone() for b in model.teacher.buffers()]
+    with torch.no_grad():
+        for s in student:
+            s.add_(torch.randn_like(s))
+    expected = [momentum * t.detach() + (1 - momentum) * s.detach() for t, s in zip(teacher, student, strict=True)]
+    model.update_teacher(progress)
+    for t, e in zip(model.teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(t.detach(), e)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.teacher.buffers(), strict=True))
+    assert model.teacher.training  # its batch norms use the batch
+
+
+# --- DINO
+
+
+@pytest.mark.parametrize("n, c, scale", [(4, 6, 1.0), (2, 3, 1.0), (3, 5, 50.0)])
+def test_dino_is_its_equation(methods, n, c, scale):
+    s1, s2 = random_views(n, c, scale=scale)
+    t1, t2 = random_views(n, c, seed=1, scale=scale)
+    center = torch.randn(c, dtype=F64)
+    expected = 0
+    for t, s in ((t1, s2), (t2, s1)):
+        for i in range(n):
+            q = ((t[i] - center) / 0.04).softmax(0).detach()
+            log_p = s[i] / 0.1 - (s[i] / 0.1).logsumexp(0)
+            expected = expected - sum(q[k] * log_p[k] for k in range(c)) / (2 * n)
+    terms = methods["dino"].loss_fn(s1, s2, t1, t2, center)
+    assert_same_value_and_gradient(terms["loss"], expected, [s1, s2])
+    torch.testing.assert_close(terms["entropy"] + terms["divergence"], terms["loss"].detach())
+    assert terms["divergence"] >= -1e-12 and terms["entropy"] >= 0
+    assert not torch.autograd.grad(terms["loss"], [t1], allow_unused=True)[0]
+
+
+def test_dino_center_by_hand(methods):
+    """center <- 0.9 center + 0.1 mean over both views, after the step; left at 0 without centering."""
+    for flags in ([], ["--no-centering"]):
+        model = build_model(methods, "dino", *flags).train()
+        expected = torch.zeros_like(model.center)
+        for _ in range(3):
+            inputs = model(*torch.randn(2, 8, 2))
+            torch.testing.assert_close(inputs["center"], expected)
+            if not flags:
+                expected = 0.9 * expected + 0.1 * torch.cat([inputs["t1"], inputs["t2"]]).mean(0)
+            model.update_teacher(0.0)
+        torch.testing.assert_close(model.center, expected)
+
+
+# --- SwAV
+
+
+def slow_sinkhorn(s, iterations, epsilon):
+    """The published pseudocode: rows are prototypes, columns images."""
+    q = (s.T / epsilon).exp()
+    q = q / q.sum()
+    k, n = q.shape
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / k
+        q = q / q.sum(0, keepdim=True) / n
+    return (q * n).T
+
+
+@pytest.mark.parametrize("n, k, m", [(6, 4, 0), (2, 3, 0), (4, 5, 8)])
+def test_swav_is_its_equation(methods, n, k, m):
+    s1, s2 = random_views(n, k)
+    queues = [q.detach() for q in random_views(m, k, seed=1)] if m else [None, None]
+    loss = 0
+    for s, queue, other in ((s1, queues[0], s2), (s2, queues[1], s1)):
+        joined = s.detach() if queue is None else torch.cat([s.detach(), queue])
+        q = slow_sinkhorn(joined, 3, 0.05)[:n]
+        log_p = other / 0.1 - (other / 0.1).logsumexp(1, keepdim=True)
+        loss = loss - (q * log_p).sum() / (2 * n)
+    assert_same_value_and_gradient(methods["swav"].loss_fn(s1, s2, *queues)["loss"], loss, [s1, s2])
+
+
+def test_sinkhorn_marginals(methods):
+    s = torch.nn.functional.normalize(torch.randn(60, 12, dtype=F64), dim=1)
+    q = methods["swav"].sinkhorn(s, iterations=500)
+    torch.testing.assert_close(q.sum(1), torch.ones(60, dtype=F64))
+    torch.testing.assert_close(q.sum(0), torch.full((12,), 60 / 12, dtype=F64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(methods["swav"].sinkhorn(s, iterations=0), (s / 0.05).softmax(1))
+    assert methods["swav"].sinkhorn(1e3 * s.float()).isfinite().all()
+
+
+def test_swav_queue_is_used_only_once_full(methods):
+    model = build_model(methods, "swav", "--queue", "20").train()
+    used = []
+    for _ in range(5):
+        inputs = model(*torch.randn(2, 8, 2))
+        used.append("queue1" in inputs)
+        torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(len(model.prototypes.weight)))
+    assert used == [False, False, False, True, True]
+    torch.testing.assert_close(inputs["queue1"], inputs["queue1"].detach())
+    assert model.prototypes.bias is None
+
+
+def test_swav_frozen_prototypes_stay(methods):
+    model = build_model(methods, "swav", "--freeze-prototypes")
+    assert not model.prototypes.weight.requires_grad
+
+
+# --- VICReg
+
+
+@pytest.mark.parametrize("n, d, scale", [(6, 4, 1.0), (2, 3, 1.0), (5, 3, 0.01)])
+@pytest.mark.parametrize("sum_variance", [False, True])
+def test_vicreg_is_its_equation(methods, n, d, scale, sum_variance):
+    z1, z2 = random_views(n, d, scale=scale)
+    invariance = sum((z1[i, j] - z2[i, j]) ** 2 for i in range(n) for j in range(d)) / (n * d)
+    variance, covariance = 0, 0
+    for z in (z1, z2):
+        mean = [sum(z[i, j] for i in range(n)) / n for j in range(d)]
+        cov = [
+            [sum((z[i, a] - mean[a]) * (z[i, b] - mean[b]) for i in range(n)) / (n - 1) for b in range(d)]
+            for a in range(d)
+        ]
+        variance = variance + sum(torch.clamp(1 - (cov[j][j] + 1e-4).sqrt(), min=0) for j in range(d)) / d
+        covariance = covariance + sum(cov[a][b] ** 2 for a in range(d) for b in range(d) if a != b) / d
+    variance = variance if sum_variance else variance / 2
+    terms = methods["vicreg"].loss_fn(z1, z2, sum_variance=sum_variance)
+    assert_same_value_and_gradient(terms["loss"], 25 * invariance + 25 * variance + covariance, [z1, z2])
+
+
+def test_vicreg_terms_of_a_constructed_batch(methods):
+    """Columns (1, -1, 1, -1)/2 and (1, 1, -1, -1)·sqrt(3)/2: variances 1/3 and 1, covariance 0; then two copies."""
+    a = torch.tensor([1.0, -1, 1, -1], dtype=F64)
+    b = torch.tensor([1.0, 1, -1, -1], dtype=F64) * math.sqrt(3) / 2
+    z = torch.stack([a / 2, b], 1)
+    terms = methods["vicreg"].loss_fn(z, z + torch.tensor([2.0, 0.0], dtype=F64))
+    assert terms["invariance"].item() == pytest.approx(2)
+    assert terms["variance"].item() == pytest.approx((1 - math.sqrt(1 / 3 + 1e-4)) / 2)
+    assert terms["covariance"].item() == pytest.approx(0)
+    copies = torch.stack([b, b], 1)
+    assert methods["vicreg"].loss_fn(copies, copies)["covariance"].item() == pytest.approx(2 * (1 + 1) / 2)
+
+
+# --- W-MSE
+
+
+def slow_wmse(z1, z2):
+    """Eq. 3 for one part: each view whitened by the inverse of its own Cholesky factor."""
+    white = []
+    for z in (z1, z2):
+        z = z - z.mean(0)
+        lower = torch.linalg.cholesky(z.T @ z / (len(z) - 1))
+        white.append((torch.linalg.inv(lower) @ z.T).T)
+    return 2 - 2 * slow_cosine(*white)
+
+
+@pytest.mark.parametrize("n, d", [(12, 4), (6, 2)])
+def test_wmse_is_its_equation(methods, n, d):
+    """With gradient through both views."""
+    z1, z2 = random_views(n, d)
+    torch.manual_seed(0)
+    loss = methods["wmse"].loss_fn(z1, z2, part_size=n)["loss"]
+    assert_same_value_and_gradient(loss, slow_wmse(z1, z2), [z1, z2], rtol=1e-7)
+
+
+def test_wmse_parts_are_the_same_images_in_both_views(methods):
+    z1, z2 = random_views(16, 3)
+    torch.manual_seed(5)
+    loss = methods["wmse"].loss_fn(z1, z2, part_size=8)["loss"]
+    torch.manual_seed(5)
+    order = torch.randperm(16)
+    expected = sum(slow_wmse(z1[order[i : i + 8]], z2[order[i : i + 8]]) for i in (0, 8)) / 2
+    assert_same_value_and_gradient(loss, expected, [z1, z2], rtol=1e-7)
+    assert methods["wmse"].loss_fn(z1, z1, part_size=8)["loss"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_whitened_covariance_is_the_identity(methods):
+    z = torch.randn(3, 50, 6, dtype=F64) @ torch.randn(6, 6, dtype=F64) + 5
+    w = methods["wmse"].whiten(z)
+    for part in w:
+        torch.testing.assert_close(torch.cov(part.T), torch.eye(6, dtype=F64))
+        torch.testing.assert_close(part.mean(0), torch.zeros(6, dtype=F64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        methods["wmse"].whiten(z, "batchnorm").var(1), torch.ones(3, 6, dtype=F64), rtol=1e-4, atol=0
+    )
+
+
+# --- center vector
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("penalty", ["squared", "norm"])
+def test_center_vector_is_its_equation(methods, n, penalty):
+    z1, z2 = random_views(n, 4)
+    u = [[z[i] / z[i].norm() for i in range(n)] for z in (z1, z2)]
+    invariance = sum((u[0][i] - u[1][i]).square().sum() for i in range(n)) / n
+    # The squared norm of the mean is the mean inner product of all pairs.
+    everything = u[0] + u[1]
+    center = sum(a @ b for a in everything for b in everything) / (2 * n) ** 2
+    center = center if penalty == "squared" else center.sqrt()
+    terms = methods["center_vector"].loss_fn(z1, z2, center_weight=0.7, penalty=penalty)
+    assert_same_value_and_gradient(terms["loss"], (invariance + 0.7 * center) / 2, [z1, z2])
+    torch.testing.assert_close(terms["center"], center)
+
+
+def test_center_vector_of_one_direction_and_of_opposites(methods):
+    z = torch.tensor([[3.0, 0.0], [5.0, 0.0]], dtype=F64)
+    assert methods["center_vector"].loss_fn(z, z)["center"].item() == pytest.approx(1)
+    z = torch.tensor([[3.0, 0.0], [-5.0, 0.0]], dtype=F64, requires_grad=True)
+    loss = methods["center_vector"].loss_fn(z, z)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(0) and z.grad.isfinite().all()

@@ -1,0 +1,132 @@
+"""W-MSE: whiten each view's embeddings over the batch, then make them agree.
+
+    loss = 2 - 2 mean_i cos(w1_i, w2_i),  w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z) over a random part of the batch   (Eq. 3)
+
+What prevents collapse: whatever the network does, w has the identity as covariance. `--whitening batchnorm` fixes only
+the variance of each dimension, which lets all dimensions be copies of one; `none` fixes nothing.
+
+"Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
+Departs from the paper: the learning rate falls along a cosine instead of in steps, and the batch is 256, not 512.
+Run: python methods/wmse.py
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+DEFAULTS = {
+    "backbone": "resnet18",
+    "augment": "strong",
+    "epochs": 200,
+    "batch_size": 256,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "projector_dim": (2048, "width of the embedding z"),
+    # this method's
+    "whitening": ("cholesky", "batchnorm: only variances; none: nothing", ["cholesky", "batchnorm", "none"]),
+    "embedding_dim": (64, "width of the whitened z; at most half of part_size"),
+    "part_size": (128, "images whitened together, a random part of the batch"),
+    "shrinkage": (0.0, "share of the identity in the covariance, if it comes out singular"),
+}
+VIEWS = (
+    {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},
+) * 2  # what each view changes in --augment strong
+
+# --- the method
+
+
+def whiten(z, kind="cholesky", shrinkage=0.0):
+    """z (parts, n, d) with mean 0 and, by Cholesky, covariance I (over n - 1) in each part; "batchnorm": variance 1."""
+    z = z - z.mean(1, keepdim=True)
+    if kind == "batchnorm":
+        return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
+    covariance = (1 - shrinkage) * z.mT @ z / (z.shape[1] - 1) + shrinkage * torch.eye(z.shape[2]).to(z)
+    # A singular covariance gives NaN here, which stops the run, instead of a wait for the device's error at each step.
+    lower, singular = torch.linalg.cholesky_ex(covariance)
+    lower = lower.masked_fill(singular.view(-1, 1, 1) > 0, math.nan)
+    return torch.linalg.solve_triangular(lower, z.mT, upper=False).mT
+
+
+def loss_fn(z1, z2, *, whitening="cholesky", part_size=128, shrinkage=0.0):
+    """Eq. 3 for two views' embeddings (n, d), both with gradient, as scalars `loss` and `cosine`."""
+    z1, z2 = common.gather(z1), common.gather(z2)
+    if whitening != "none":
+        # The same images in both views' parts; a remainder smaller than a part is left out.
+        order = torch.randperm(len(z1)).to(z1.device)
+        order = order[: max(1, len(z1) // part_size) * part_size]
+        parts = max(1, len(order) // part_size)
+        z1, z2 = (whiten(z[order].view(parts, -1, z.shape[1]), whitening, shrinkage).flatten(0, 1) for z in (z1, z2))
+    cosine = nn.functional.cosine_similarity(z1, z2).mean()
+    return {"loss": 2 - 2 * cosine, "cosine": cosine}
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        self.backbone = common.build_backbone(args)
+        if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
+            common.fail(
+                f"whitening {args.embedding_dim} dimensions needs --part-size and --batch-size of twice as many"
+            )
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
+            nn.BatchNorm1d(args.projector_dim),
+            nn.ReLU(),
+            nn.Linear(args.projector_dim, args.embedding_dim),
+        )
+
+    def forward(self, x1, x2):
+        """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
+        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
+        settings = {"part_size": self.args.part_size, "shrinkage": self.args.shrinkage}
+        return {"z1": z1, "z2": z2, "whitening": self.args.whitening, **settings}
+
+    def embed(self, x):
+        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        h = self.backbone(x)
+        return {"features": h, "embedding": self.head(h)}
+
+
+# --- training
+
+
+def main():
+    args = common.parse_args(__file__, __doc__, DEFAULTS)
+    device = common.start(args)
+    model = common.place(Model(args), device)
+    data = common.load_data(args, device)
+    optimizer = common.build_optimizer(model, args)
+    network = torch.compile(model) if args.compile else model
+    run = common.Run(args, model, optimizer, data)
+
+    for _ in run.epochs():
+        for x1, x2 in run.batches(VIEWS):
+            # Linear warm-up, then a half cosine to zero.
+            progress = (run.step - run.warmup_steps) / max(1, run.total_steps - run.warmup_steps)
+            cosine = (1 + math.cos(math.pi * max(0, progress))) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                inputs = network(x1, x2)
+            terms = loss_fn(**inputs)
+
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            common.sum_gradients(model)
+            optimizer.step()
+            run.record(terms)
+        run.end_epoch(common.collapse_metrics(model, data))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""With its mechanism each method stays alive, without it it collapses: runs of a second on points in the plane.
+
+Each case is what a paper claims, on the toy of "The Common Stability Mechanism ...", Section 3.2: three classes, two
+views are two points of one class. Batch norm in a head by itself prevents some collapses, so it is taken out where the
+claim is about something else. Where a claim does not hold on the toy, the test says so and pins down what does happen.
+"""
+
+import json
+import math
+from statistics import mean
+
+import pytest
+import torch
+from conftest import TINY
+
+import common
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture
+def train(run, tmp_path, monkeypatch):
+    """train(method, *flags, batch_norm=...) -> the log's last line after 30 epochs, averaged over seeds."""
+
+    def call(method, *flags, dataset="moons", batch_norm="all", seeds=SEEDS, epochs=30):
+        class Without(torch.nn.BatchNorm1d):
+            def forward(self, x):
+                return x if batch_norm == "none" or not self.affine else super().forward(x)
+
+        lines = []
+        for seed in seeds:
+            out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+            with monkeypatch.context() as patch:
+                if batch_norm != "all":
+                    patch.setattr(torch.nn, "BatchNorm1d", Without)
+                own = ["--dataset", dataset, "--epochs", epochs, "--eval-every", 100, "--seed", seed, "--out", out]
+                result = run(method, *TINY, *own, *flags)
+            assert result.code == 0, result.err
+            lines.append(json.loads((out / "log.jsonl").read_text().splitlines()[-1]))
+        return {name: mean(line[name] for line in lines) for name in lines[0]}
+
+    return call
+
+
+def test_simsiam_needs_predictor_and_stop_gradient(train):
+    """Without output batch norm the center norm rises to 1 when either is missing (center-vector paper, Figure 4)."""
+    sgd = ["--optimizer", "sgd", "--lr", "0.05"]
+    alive = train("simsiam", *sgd, batch_norm="hidden")
+    assert alive["center_norm"] < 0.75 and alive["effective_rank"] > 5
+    for flag in ("--no-predictor", "--no-stop-gradient"):
+        dead = train("simsiam", *sgd, flag, batch_norm="hidden")
+        assert dead["center_norm"] > 0.98 and dead["loss"] < -0.99 < alive["loss"]
+
+
+def test_simsiam_with_output_batch_norm_collapses_into_one_dimension_instead(train):
+    """Batch norm after the projector keeps the center norm low, whatever is taken away; the rank falls instead."""
+    sgd = ["--optimizer", "sgd", "--lr", "0.05"]
+    alive = train("simsiam", *sgd)
+    for flag in ("--no-predictor", "--no-stop-gradient"):
+        dead = train("simsiam", *sgd, flag)
+        assert dead["center_norm"] < 0.4 and alive["center_norm"] < 0.4
+        assert dead["effective_rank"] < 3 < 5 < alive["effective_rank"]
+        assert dead["correlation"] > 0.8 > 0.6 > alive["correlation"]
+
+
+@pytest.mark.parametrize("dataset", ["blobs", "moons"])
+def test_center_vector_lives_by_its_penalty(train, dataset):
+    alive = train("center_vector", dataset=dataset, batch_norm="none")
+    dead = train("center_vector", "--center-weight", "0", dataset=dataset, batch_norm="none")
+    assert alive["center_norm"] < 0.4 and dead["center_norm"] > 0.99
+
+
+def test_center_vector_is_not_kept_short_by_its_unsquared_norm(train):
+    """Eq. 32 read as ||s||, not ||s||²: on the moons its pull is too weak near collapse, and all seeds collapse."""
+    assert train("center_vector", "--penalty", "norm", batch_norm="none")["center_norm"] > 0.97
+
+
+def test_center_vector_is_as_good_as_simsiam_on_the_toy(train):
+    """Figure 3 has it clearly better than SimSiam; here both find the classes equally well, within 2 % of kNN."""
+    seeds = range(5)
+    simple, simsiam = (train(method, dataset="moons", seeds=seeds)["knn"] for method in ("center_vector", "simsiam"))
+    assert simple > 0.9 and simsiam > 0.9 and abs(simple - simsiam) < 0.02
+
+
+def test_barlow_twins_at_lambda_0_lives_through_batch_norm_but_worse(train, tmp_path):
+    """Figure 5: no collapse at lambda 0, lower quality (here: rank); batch norm is what removes the center vector."""
+    full, bare = (train("barlow_twins", "--lambda-offdiag", value, dataset="blobs") for value in ("0.0051", "0"))
+    assert bare["knn"] > 0.95 and bare["center_norm"] < 0.75
+    assert bare["effective_rank"] < full["effective_rank"]
+    for folder in sorted(tmp_path.iterdir()):
+        state = common.load_checkpoint(folder)
+        model = common.build_model(state, torch.device("cpu"))
+        data = common.load_data(model.args, torch.device("cpu"))
+        z = common.extract(model, data.images, data)["embedding"]
+        after = torch.nn.functional.batch_norm(z, None, None, training=True)
+        assert common.center_norm(z) > 0.3 and common.center_norm(after) < 0.15
+
+
+def test_vicreg_needs_variance_and_covariance(train):
+    """Report, Figure 8: without variance total collapse, without covariance dimensional collapse."""
+    alive = train("vicreg", batch_norm="none")
+    total = train("vicreg", "--variance-weight", "0", batch_norm="none")
+    dimensional = train("vicreg", "--covariance-weight", "0", batch_norm="none")
+    assert alive["variance"] < 0.4 and alive["correlation"] < 0.75
+    assert total["variance"] > 0.95 and total["center_norm"] > 0.99
+    assert dimensional["variance"] < 0.1 and dimensional["correlation"] > 0.95
+    assert dimensional["effective_rank"] < 2 < alive["effective_rank"]
+
+
+def test_wmse_needs_whitening(train):
+    """W-MSE paper: standardising instead of whitening leaves dimensional collapse, nothing at all total collapse."""
+    own = ["--embedding-dim", "8", "--part-size", "32"]
+    alive = train("wmse", *own)
+    dimensional = train("wmse", *own, "--whitening", "batchnorm")
+    total = train("wmse", *own, "--whitening", "none")
+    assert alive["correlation"] < 0.5 and alive["effective_rank"] > 4.5
+    assert dimensional["correlation"] > 0.7 and dimensional["effective_rank"] < 3
+    assert total["center_norm"] > 0.9 > 0.6 > alive["center_norm"]
+
+
+def test_wmse_of_a_singular_covariance_stops_the_run(run, tmp_path):
+    """More dimensions than the points span: one line instead of a factorisation's traceback; shrinkage goes on."""
+    flags = [*TINY, "--epochs", "1", "--embedding-dim", "64", "--part-size", "128", "--width", "2"]
+    result = run("wmse", *flags, "--out", "a")
+    assert result.code == 1 and "nan" in result.err and len(result.err.strip().splitlines()) == 1
+    assert run("wmse", *flags, "--shrinkage", "0.1", "--out", "b").code == 0
+
+
+def test_swav_needs_sinkhorn_but_not_learned_prototypes(train):
+    """Center-vector paper, Figure 6: fixed random prototypes do not collapse; without equal shares one takes all."""
+    own = ["--prototypes", "32", "--queue", "0"]
+    for flags in ([], ["--freeze-prototypes"]):
+        alive = train("swav", *own, *flags, batch_norm="none")
+        assert alive["used_codes"] >= 15 and alive["center_norm"] < 0.8
+    dead = train("swav", *own, "--no-sinkhorn", batch_norm="none")
+    assert dead["used_codes"] <= 2 and dead["center_norm"] > 0.9
+
+
+def test_dino_needs_centering_and_sharpening(train):
+    """Its two collapses (DINO paper, Figure 7): one code for all (entropy 0), or all codes alike (entropy log c)."""
+    own = ["--prototypes", "32", "--momentum", "0.99", "--lr", "0.003"]
+    alive = train("dino", *own, "--teacher-temperature", "0.02", epochs=60)
+    one_code = train("dino", *own, "--teacher-temperature", "0.02", "--no-centering", epochs=60)
+    uniform = train("dino", *own, "--teacher-temperature", "1", epochs=60)
+    assert 0.1 < alive["entropy"] < 0.95 * math.log(32) and alive["used_codes"] >= 2 and alive["divergence"] > 0.02
+    assert one_code["entropy"] < 0.01 and one_code["used_codes"] == 1
+    assert uniform["entropy"] > 0.999 * math.log(32) and uniform["divergence"] < 0.001
+
+
+def test_byol_needs_its_predictor_more_than_its_momentum(train):
+    """Figure 7 has a center norm that rises as the momentum falls. On the toy it does not; without a predictor on top
+    it rises to 1."""
+    norms = [train("byol", "--momentum", m)["center_norm"] for m in ("0", "0.9", "0.99")]
+    assert max(norms) - min(norms) < 0.15 and max(norms) < 0.8
+    assert train("byol", "--momentum", "0", "--no-predictor")["center_norm"] > 0.9
+
+
+def test_cplearn_prior_and_agreement(train):
+    """Figure 12: a large beta leaves one code for nearly all images, at the price log c of total collapse.
+    There beta 0 leaves two codes; on the toy it uses most of them, only without the views agreeing."""
+    own = ["--c", "64"]
+    alive = train("cplearn", *own, batch_norm="none")
+    drowned = train("cplearn", *own, "--beta", "10", batch_norm="none")
+    alone = train("cplearn", *own, "--beta", "0", batch_norm="none")
+    assert alive["used_codes"] > 15
+    assert drowned["used_codes"] <= 2 and drowned["prior"] == pytest.approx(math.log(64), abs=0.7)
+    assert alone["used_codes"] > 15 and alone["prior"] < alive["prior"]
+    assert alone["invariance"] > alive["invariance"]
+
+
+def test_simclr_spreads_embeddings_by_its_negatives(train):
+    """The center norm stays near 0, on the toy even at a temperature that weighs all negatives alike."""
+    alive, flat = train("simclr"), train("simclr", "--temperature", "100")
+    assert alive["center_norm"] < 0.15 and flat["center_norm"] < 0.15
