@@ -30,12 +30,12 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "momentum": (0.99, "of the teacher at the start; rises to 1. 0: the teacher is the last step's student"),
     "no_predictor": (False, "compare the projection itself with the teacher's"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # what each view changes in --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
 
 # --- the method
 

@@ -33,7 +33,7 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "c": (16384, "codes in the dictionary; many more than projector_dim against dimensional and intracluster collapse"),
     "beta": (0.25, "weight of the views' agreement; 1 suits long runs, above it collapse is cheaper than the start"),
@@ -42,7 +42,7 @@ DEFAULTS = {
     "codes": ("rademacher", "hadamard: exactly orthogonal, c <= projector_dim", ["rademacher", "hadamard"]),
     "no_batchnorm": (False, "leave batch norm out of the projector"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # what each view changes in --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
 
 # --- the method
 

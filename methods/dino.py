@@ -30,14 +30,14 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "prototypes": (4096, "codes, the outputs of the head"),
     "momentum": (0.996, "of the teacher at the start; rises to 1"),
     "teacher_temperature": (0.04, "sharpening; 1 or more takes it away"),
     "no_centering": (False, "do not subtract the center"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # what each view changes in --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
 
 # --- the method
 
@@ -46,11 +46,12 @@ class Prototypes(nn.Linear):
     """Cosine similarity to weights of norm 1: the paper's weight-normalised last layer with its gain fixed to 1."""
 
     def forward(self, z):
-        return nn.functional.linear(nn.functional.normalize(z, dim=1), nn.functional.normalize(self.weight, dim=1))
+        with torch.autocast(z.device.type, enabled=False):  # a low temperature would magnify bfloat16's rounding
+            return nn.functional.normalize(z.float(), dim=1) @ nn.functional.normalize(self.weight, dim=1).T
 
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
-    """Eq. 2 for student scores s and teacher scores t (n, c): scalars `loss`, and the teacher's `entropy` and
+    """Eq. 3 for student scores s and teacher scores t (n, c): scalars `loss`, and the teacher's `entropy` and
     `divergence` from teacher to student, which add up to it."""
     s1, s2, t1, t2 = (common.gather(x) for x in (s1, s2, t1.detach(), t2.detach()))
     log_q1, log_q2 = (((t - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
@@ -88,9 +89,9 @@ class Model(nn.Module):
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        s1, s2 = (self.prototypes(self.head(self.backbone(x))).float() for x in (x1, x2))
+        s1, s2 = (self.prototypes(self.head(self.backbone(x))) for x in (x1, x2))
         with torch.no_grad():
-            t1, t2 = (self.teacher(x).float() for x in (x1, x2))
+            t1, t2 = (self.teacher(x) for x in (x1, x2))
         self.teacher_mean = common.gather(torch.cat([t1, t2], 1)).mean(0).view(2, -1).mean(0)
         center, temperature = self.center.clone(), self.args.teacher_temperature
         return {"s1": s1, "s2": s2, "t1": t1, "t2": t2, "center": center, "teacher_temperature": temperature}

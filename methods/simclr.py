@@ -28,11 +28,11 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "temperature": (0.5, "of the similarities; the paper's best for CIFAR-10"),
 }
-VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # what each view changes in --augment strong
+VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, changes to --augment strong
 
 # --- the method
 

@@ -28,14 +28,12 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "no_predictor": (False, "compare z with z; collapses"),
     "no_stop_gradient": (False, "let the gradient into the target too; collapses"),
 }
-VIEWS = (
-    {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},
-) * 2  # what each view changes in --augment strong
+VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2  # per view, changes to --augment strong
 
 # --- the method
 

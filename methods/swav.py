@@ -29,17 +29,14 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "prototypes": (3000, "clusters C"),
-    "queue": (
-        3840,
-        "earlier embeddings that join the batch in Sinkhorn, once there are so many; 0 uses the batch alone",
-    ),
+    "queue": (3840, "earlier embeddings that join the batch in Sinkhorn once there are so many; 0: none"),
     "no_sinkhorn": (False, "softmax instead of equal shares; collapses"),
     "freeze_prototypes": (False, "leave the prototypes as they were drawn"),
 }
-VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # what each view changes in --augment strong
+VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, changes to --augment strong
 
 # --- the method
 
@@ -79,17 +76,20 @@ class Model(nn.Module):
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))
         self.queue_full = False
 
+    def score(self, z):
+        with torch.autocast(z.device.type, enabled=False):  # a low temperature would magnify bfloat16's rounding
+            return self.prototypes(z)
+
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
         with torch.no_grad():
             self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
         z1, z2 = (nn.functional.normalize(self.head(self.backbone(x)).float(), dim=1) for x in (x1, x2))
-        weight = self.prototypes.weight.T
-        scores = {"s1": z1 @ weight, "s2": z2 @ weight, "iterations": 0 if self.args.no_sinkhorn else 3}
+        scores = {"s1": self.score(z1), "s2": self.score(z2), "iterations": 0 if self.args.no_sinkhorn else 3}
         if self.args.queue:
             self.queue_full = self.queue_full or bool(self.queue[0, -1].any())  # waits for the device only until full
             if self.queue_full:
-                scores |= {"queue1": self.queue[0] @ weight, "queue2": self.queue[1] @ weight}
+                scores |= {"queue1": self.score(self.queue[0]), "queue2": self.score(self.queue[1])}
             new = torch.stack([common.gather(z.detach()) for z in (z1, z2)])
             self.queue = torch.cat([new, self.queue], 1)[:, : self.args.queue]
         return scores

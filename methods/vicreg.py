@@ -1,4 +1,4 @@
-"""VICReg: make views agree, keep every dimension's variance above 1, and decorrelate the dimensions.
+"""VICReg: make views agree, keep every dimension's standard deviation above 1, and decorrelate the dimensions.
 
     loss = 25 mean (z1 - z2)² + 25 [v(z1) + v(z2)] / 2 + [c(z1) + c(z2)]                                         (Eq. 6)
     v(z) = mean_j max(0, 1 - sqrt(Var z_j + 0.0001)),  c(z) = Σ_{i≠j} Cov(z)_ij² / d
@@ -30,14 +30,14 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "invariance_weight": (25.0, "weight of the views' agreement"),
     "variance_weight": (25.0, "weight of the variance term; 0: total collapse"),
     "covariance_weight": (1.0, "weight of the covariance term; 0: dimensional collapse"),
     "sum_variance": (False, "add the views' variance terms, the paper's form, instead of averaging them"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # what each view changes in --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
 
 # --- the method
 

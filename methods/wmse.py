@@ -28,7 +28,7 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the embedding z"),
+    "projector_dim": (2048, "width of the projector"),
     # this method's
     "whitening": ("cholesky", "batchnorm: only variances; none: nothing", ["cholesky", "batchnorm", "none"]),
     "embedding_dim": (64, "width of the whitened z; at most half of part_size"),
@@ -37,7 +37,7 @@ DEFAULTS = {
 }
 VIEWS = (
     {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},
-) * 2  # what each view changes in --augment strong
+) * 2  # per view, changes to --augment strong
 
 # --- the method
 
@@ -74,7 +74,7 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
             common.fail(
-                f"whitening {args.embedding_dim} dimensions needs --part-size and --batch-size of twice as many"
+                f"--embedding-dim {args.embedding_dim} needs --part-size and --batch-size at least twice as large"
             )
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
