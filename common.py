@@ -1112,21 +1112,22 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def _save(self):
-        if not is_main():
-            return
-        state = {
-            "method": self.args.method,
-            "args": vars(self.args),
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "backbone": self.model.backbone.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sums": self.sums,
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state() if self.data.mean.is_cuda else None,
-        }
-        replace(self.checkpoint, lambda file: torch.save(state, file))
+        if is_main():
+            state = {
+                "method": self.args.method,
+                "args": vars(self.args),
+                "epoch": self.step // self.steps_per_epoch,
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "backbone": self.model.backbone.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "sums": self.sums,
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state() if self.data.mean.is_cuda else None,
+            }
+            replace(self.checkpoint, lambda file: torch.save(state, file))
+        if world_size() > 1:
+            dist.barrier()  # nobody leaves before the file is written: torchrun would end the writer
 
     def _load(self):
         state = load_checkpoint(self.checkpoint)

@@ -1,7 +1,9 @@
 """Two processes compute the loss, the gradient and the training run of one process with the whole batch."""
 
 import json
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -110,3 +112,21 @@ def test_training_run(method, run, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_stopped_processes_resume(run, tmp_path):
+    """SIGTERM to torchrun reaches both processes, which stop at the same step, save once and go on as one run."""
+    flags = [*TINY, "--epochs", "60", "--eval-every", "60"]
+    process = launch("barlow_twins", *flags, "--out", "r", processes=2, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not (tmp_path / "r" / "last.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"]
+    assert process.returncode != 0 and out.count("--resume goes on") == 1 and 0 < step < 660, err
+    process = launch("barlow_twins", *flags, "--out", "r", "--resume", processes=2, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "kNN accuracy" in out, err
+    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["step"] == 660
