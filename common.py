@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +102,12 @@ def load_data(args, device):
         train, test, classes = read_folder(Path(args.data_dir), args.image_size, args.dataset)
     else:
         train, test, classes = read_torchvision(args)
-    sample = train[0][:: max(1, len(train[0]) // 10_000)]
-    if sample.ndim == 2:
-        std, mean = torch.std_mean(sample, dim=0)
+    if args.dataset in TOYS:
+        std, mean = torch.std_mean(train[0], dim=0)
     else:
-        std, mean = torch.std_mean(sample.double() / 255, dim=(0, 2, 3))
-    mean, std = mean.float().to(device), std.clamp_min(1e-3).float().to(device)
+        sample = train[0][:: 1 + train[0].nbytes // 50_000_000]  # of a large set a part will do
+        std, mean = torch.std_mean(sample / 255, dim=(0, 2, 3))
+    mean, std = mean.to(device), std.clamp_min(1e-3).to(device)
     if device.type != "cuda" or train[0].nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         train, test = ([t.to(device) for t in split] for split in (train, test))
     return Data(*train, *test, classes, mean, std)
@@ -168,11 +169,7 @@ def read_folder(root, size, dataset):
     for split in (root / "train", test):
         files, labels = [], []
         for label, name in enumerate(classes):
-            found = (
-                [p for p in (split / name).iterdir() if p.suffix.lower() in IMAGE_ENDINGS]
-                if (split / name).is_dir()
-                else []
-            )
+            found = [p for p in (split / name).glob("[!.]*") if p.suffix.lower() in IMAGE_ENDINGS]
             if not found and (split == root / "train" or (split / name).is_dir()):
                 fail(f"class folder {str(split / name)!r} holds no images; add some or remove the folder")
             files += sorted(found)
@@ -560,7 +557,7 @@ def _exact(z):
 
 def center_norm(z):
     """Norm of the mean of the L2-normalised embeddings z (n, d), in [0, 1]: 1 when all point the same way, which is
-    representation collapse ("On the Common Stability Mechanism ...", Section 2, the center vector)."""
+    representation collapse ("The Common Stability Mechanism ...", Section 2, the center vector)."""
     return F.normalize(_exact(z), dim=1).mean(0).norm().item()
 
 
@@ -906,7 +903,8 @@ def start(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Two hours, because the others wait while the first process decodes or downloads.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if args.batch_size % world_size():
         fail(f"--batch-size {args.batch_size} cannot be shared by {world_size()} processes; choose a multiple")
     torch.manual_seed(args.seed)
