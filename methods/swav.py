@@ -7,7 +7,8 @@ What prevents collapse: equal shares, so the images cannot all agree on one prot
 q = softmax(s / 0.05) instead; `--freeze-prototypes` keeps the random ones, which are spread evenly without learning.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, Adam instead of LARS, prototypes learn from the first epoch on.
+Departs from the paper: no small crops, milder views (with the paper's, small networks stay at q uniform), Adam instead
+of LARS, prototypes learn from the first epoch on.
 Run: python methods/swav.py
 """
 
@@ -36,7 +37,7 @@ DEFAULTS = {
     "no_sinkhorn": (False, "softmax instead of equal shares; collapses"),
     "freeze_prototypes": (False, "leave the prototypes as they were drawn"),
 }
-VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, changes to --augment strong
+VIEWS = ({"scale": (0.2, 1)},) * 2  # per view, changes to --augment strong
 
 # --- the method
 
