@@ -7,7 +7,7 @@ What prevents collapse: equal shares, so the images cannot all agree on one prot
 q = softmax(s / 0.05) instead; `--freeze-prototypes` keeps the random ones, which are spread evenly without learning.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, Adam, prototypes not frozen at first, milder views, as small networks need.
+Departs from the paper: no small crops, Adam, prototypes not frozen at first, milder views (in 2-epoch trials).
 Run: python methods/swav.py
 """
 

@@ -137,7 +137,8 @@ def test_swav_needs_sinkhorn_but_not_learned_prototypes(train):
 
 
 def test_dino_needs_centering_and_sharpening(train):
-    """Its two collapses (DINO paper, Figure 7): one code for all (entropy 0), or all codes alike (entropy log c)."""
+    """Its two collapses (DINO paper, Figure 7): one code for all (entropy 0), or all codes alike (entropy log c).
+    The live setting is one of few found: at the default temperature and momentum the toy ends at entropy log c too."""
     own = ["--prototypes", "32", "--momentum", "0.99", "--lr", "0.003"]
     alive = train("dino", *own, "--teacher-temperature", "0.02", epochs=60)
     one_code = train("dino", *own, "--teacher-temperature", "0.02", "--no-centering", epochs=60)
