@@ -55,7 +55,7 @@ def test_shared_defaults_are_the_same_or_say_why(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_sections_names_and_length(name):
     text, tree = SOURCE[name], ast.parse(SOURCE[name])
-    assert 100 <= len(text.splitlines()) <= 185
+    assert 100 <= len(text.splitlines()) <= 165
     parts = ['"""', "import math", "DEFAULTS = {", "VIEWS = ", "# --- the method", "# --- training", "if __name__"]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
@@ -111,15 +111,21 @@ def test_ruff(arguments):
 
 
 def diffs():
-    """Differing lines of every pair of scripts, those of both sides counted."""
-    return {(a, b): len(changed_lines(SOURCE[a], SOURCE[b])) for a, b in itertools.combinations(METHODS, 2)}
+    """Lines in which each pair of scripts differs, as `diff -y --suppress-common-lines | wc -l` counts them: a line
+    changed in place counts once, where plain `diff` prints it twice."""
+    counts = {}
+    for a, b in itertools.combinations(METHODS, 2):
+        matcher = difflib.SequenceMatcher(None, SOURCE[a].splitlines(), SOURCE[b].splitlines(), autojunk=False)
+        changes = (op for op in matcher.get_opcodes() if op[0] != "equal")
+        counts[a, b] = sum(max(i2 - i1, j2 - j1) for _, i1, i2, j1, j2 in changes)
+    return counts
 
 
 def test_diffs_between_methods_are_short():
-    assert statistics.median(diffs().values()) <= 80 and max(diffs().values()) <= 140
+    assert statistics.median(diffs().values()) <= 60 and max(diffs().values()) <= 95
 
 
 if __name__ == "__main__":
     for (a, b), count in sorted(diffs().items(), key=lambda item: item[1]):
         print(f"{count:4}  {a} {b}")
-    print(f"median {statistics.median(diffs().values()):.0f}")
+    print(f"median {statistics.median(diffs().values()):.0f}, largest {max(diffs().values())}")
