@@ -3,7 +3,8 @@
 Data           load_data, two_views            uint8 images on the device, two augmented views of each batch
 Augmentation   draw_augmentation, augment      random parameters for each image, applied to a whole batch at once
 Backbones      build_backbone                  resnet8, resnet18, resnet50, vit_small, mlp
-Metrics        center_norm, effective_rank, average_correlation, used_codes, nmi, ami, knn_accuracy
+Metrics        center_norm, effective_rank, average_correlation, used_codes, nmi, ami, knn_accuracy,
+               covariance_spectrum, fit_mixture, mixture_entropy, diagnose
 Run            parse_args, start, Run          flags, seeds, processes, folder, log, checkpoint, resume
 """
 
@@ -561,19 +562,39 @@ def center_norm(z):
     return F.normalize(_exact(z), dim=1).mean(0).norm().item()
 
 
-def effective_rank(z):
-    """exp of the entropy of the normalised singular values of the centered embeddings z (n, d) (Roy and Vetterli,
-    2007): from 1 (one direction) to min(n - 1, d) (a flat spectrum); 0 for a constant embedding."""
+def covariance_spectrum(z):
+    """Eigenvalues of the covariance Σ_i (z_i - mean)(z_i - mean)ᵀ / n of z (n, d), largest first, float64; its singular
+    values ("Preventing Collapses ...", Section 4). Only the min(n - 1, d) that can differ from 0."""
     z = _exact(z)
     rounding = 1e-6 * z.abs().max()
     z = z - z.mean(0)
     if z.abs().max() <= rounding:
-        return 0.0
-    z = z / z.abs().max()
+        z = torch.zeros_like(z)
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    p = sigma / sigma.sum()
-    return torch.special.entr(p).sum().exp().item()
+    return torch.linalg.eigvalsh(gram / len(z)).clamp_min(0).flip(0)[: max(1, min(len(z) - 1, z.shape[1]))]
+
+
+def effective_rank(z):
+    """exp of the entropy of the normalised singular values of the centered embeddings z (n, d) (Roy and Vetterli,
+    2007): from 1 (one direction) to min(n - 1, d) (a flat spectrum); 0 for a constant embedding."""
+    sigma = covariance_spectrum(z).sqrt()
+    return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.any() else 0.0
+
+
+def spectrum_auc(spectrum):
+    """Area under the cumulative share of a spectrum (m,), largest first, as a mean over its ranks (Li, Efros and
+    Pathak, 2022): (m + 1) / 2m if it is flat, 1 if one direction has it all; NaN if all is 0."""
+    return (spectrum.cumsum(0) / spectrum.sum()).mean().item()
+
+
+def power_law(spectrum):
+    """The exponent alpha of spectrum_i ~ i^-alpha (Ghosh et al., 2022): least squares in logarithms over the ranks
+    above 1e-7 of the first, weighted 1 / i so that each octave counts alike. NaN where fewer than two are."""
+    values = spectrum[spectrum > 1e-7 * spectrum[0]].log()
+    x = torch.arange(1, len(values) + 1, device=values.device).to(values).log()
+    weight = (-x).softmax(0)
+    x = x - (weight * x).sum()
+    return -((weight * x * values).sum() / (weight * x * x).sum()).item()
 
 
 def average_correlation(z):
@@ -643,6 +664,145 @@ def ami(a, b):
             expected += (times_r * times_c * (k / n * (n * k / (r * c).double()).log() * log_p.exp()).sum()).item()
     gap = mean_entropy - expected
     return (mutual - expected) / (gap if abs(gap) > 1e-15 else 1e-15)
+
+
+def unit_variance(z):
+    """z (n, d) centered and scaled to a mean variance of 1 over its dimensions, float32: what entropies are taken of,
+    so that methods of all scales compare. Zeros where z is constant."""
+    z = _exact(z)
+    scale = covariance_spectrum(z).sum() / z.shape[1]
+    return ((z - z.mean(0)) * (scale.rsqrt() if scale > 0 else 0)).float()
+
+
+def logdet_entropy(z, floor=1e-3):
+    """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)). Exact if z is
+    Gaussian and n >> d, else too high, the Gaussian being the widest of its covariance; few points make it too low."""
+    spectrum = covariance_spectrum(z)
+    missing = z.shape[1] - len(spectrum)  # directions for which there are too few points
+    return ((spectrum + floor).log().sum() + missing * math.log(floor)).item() / 2 + z.shape[1] * _GAUSS
+
+
+def pairwise_entropy(z, noise=0.1):
+    """Lower and upper bound, in nats, of the entropy of z (n, d) with Gaussian noise of variance `noise` added, that is
+    of the mixture of n Gaussians around its points: ½ d log(2πe noise) - mean_i log mean_j exp(-D_ij) with the
+    Bhattacharyya and the Kullback-Leibler distance (Kolchinsky and Tracey, 2017, Eqs. 10 and 13). Both are right within
+    log n, and tell little once all points are further apart than the noise."""
+    z = _exact(z)
+    base, n = z.shape[1] * (_GAUSS + math.log(noise) / 2), len(z)
+    sums = [0.0, 0.0]
+    for part in z.split(1000):
+        distance = torch.cdist(part, z).square()
+        for i, scale in enumerate((8, 2)):
+            sums[i] += (math.log(n) - (-distance / (scale * noise)).logsumexp(1)).sum().item()
+    return tuple(base + total / n for total in sums)
+
+
+_GAUSS = (math.log(2 * math.pi) + 1) / 2  # entropy of a Gaussian of variance 1, in nats
+
+
+def _log_joint(x, weights, means, variances):
+    """log(weight_k N(x_i; mean_k, variance_k)), (n, k)."""
+    precision = 1 / variances
+    quadratic = (x * x) @ precision.T - 2 * x @ (means * precision).T + (means * means * precision).sum(1)
+    return weights.log() - (quadratic + variances.log().sum(1) + x.shape[1] * math.log(2 * math.pi)) / 2
+
+
+def _mixture_of(x, shares, floor):
+    """Weights, means and variances of components that own `shares` (n, k) of the points x (n, d)."""
+    count = shares.sum(0) + 10 * torch.finfo(x.dtype).eps
+    means = shares.T @ x / count[:, None]
+    variances = (shares.T @ (x * x) / count[:, None] - means * means).clamp_min(0) + floor
+    return count / count.sum(), means, variances
+
+
+def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
+    """A Gaussian mixture of `k` components of diagonal covariance fitted to x (n, d) by expectation maximisation:
+    (weights (k,), means (k, d), variances (k, d)), and its mean log-likelihood in nats before the last step.
+
+    `floor` is added to each variance, so that a component of one point does not shrink to it. Starts at the mixture
+    `start`, or from hard assignments to k random points; ends once the log-likelihood gains less than `tolerance`.
+    """
+    if start is None:
+        centers = x[torch.randperm(len(x), generator=generator(0))[:k].to(x.device)]
+        start = _mixture_of(x, F.one_hot(torch.cdist(x, centers).argmin(1), len(centers)).to(x), floor)
+    mixture, before = start, -math.inf
+    for _ in range(iterations):
+        joint = _log_joint(x, *mixture)
+        total = joint.logsumexp(1, keepdim=True)
+        likelihood = total.mean().item()
+        mixture = _mixture_of(x, (joint - total).exp(), floor)
+        if likelihood - before < tolerance:
+            break
+        before = likelihood
+    return mixture, likelihood
+
+
+def mixture_entropy(mixture, samples=10_000):
+    """Entropy of a Gaussian mixture in nats by Monte Carlo, -mean log p over draws from it ("Collapse-Proof ...",
+    Section 4). Unbiased for the mixture, which itself is narrower than the data the more components it has for them."""
+    weights, means, variances = mixture
+    rng = generator(0)
+    chosen = torch.multinomial(weights.cpu().double(), samples, replacement=True, generator=rng).to(means.device)
+    noise = torch.randn(samples, means.shape[1], generator=rng).to(means)
+    x = means[chosen] + variances[chosen].sqrt() * noise
+    return -_log_joint(x, weights, means, variances).logsumexp(1).mean().item()
+
+
+def cluster_gap(z, queries=1000):
+    """How much embeddings z (n, d) vary within clusters: the largest jump in a point's distances r_1 <= r_2 <= ... to
+    the others, as min_k r_k / r_{k+1} over its nearest nine tenths; the median over up to `queries` points.
+
+    Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of uniform U, and more in more
+    dimensions; clusters whose points are 20 times closer to one another than to the rest have 0.05. It needs no
+    assignments, so that it works for every method; 0 where all points are one."""
+    z = _exact(z)
+    some = _spread(z, queries)
+    distance = torch.cdist(z[some], z)
+    distance[torch.arange(len(some), device=z.device), some] = -1  # the point itself comes first
+    distance = distance.sort(1).values[:, 1 : max(3, int(0.9 * len(z)))]
+    ratio = torch.where(distance[:, 1:] > 0, distance[:, :-1] / distance[:, 1:], 1)
+    ratio[distance[:, -1] == 0] = 0
+    return ratio.amin(1).median().item()
+
+
+def diagnose(z, codes=None, clusters=None):
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) embeddings z (n, d) suffer, with the codes or
+    prototypes (n,) of `clusters` that a clustering method assigned: {mode: {"number", "threshold", "verdict"}}.
+
+    Each number is in [0, 1], and below its threshold the mode has collapsed:
+
+    representation  1 - center_norm², the variance of the directions; 0.1 means a center vector of 0.95
+    dimensional     log(effective rank) / log(dimensions); 0.5: the effective rank is the root of what could be
+    cluster         log(effective codes) / log(clusters), effective = exp of the entropy of their use; 0.5 likewise
+    intracluster    `cluster_gap`; 0.05: most points are 20 times closer to their own cluster than to the next
+
+    No more dimensions than n - 1 and no more clusters than n are asked for. Where all embeddings are one vector there
+    are no dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse,
+    which is assignment to few of the prototypes, is undefined: verdict "no codes", number None.
+    """
+    n, d = z.shape
+    rank = effective_rank(z)
+    numbers = {
+        "representation": 1 - center_norm(z) ** 2 if rank else 0.0,
+        "dimensional": math.log(max(1, rank)) / math.log(max(2, min(n - 1, d))),
+        "cluster": None,
+        "intracluster": cluster_gap(z) if rank else 0.0,
+    }
+    if codes is not None:
+        use = torch.bincount(codes).double() / n
+        numbers["cluster"] = torch.special.entr(use).sum().item() / math.log(max(2, min(n, clusters)))
+    point = numbers["representation"] < 0.1
+    report = {}
+    for mode, number in numbers.items():
+        threshold = {"representation": 0.1, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}[mode]
+        if point and mode != "representation":
+            verdict = "implied"
+        elif number is None:
+            verdict = "no codes"
+        else:
+            verdict = "collapsed" if number < threshold else "ok"
+        report[mode] = {"number": number, "threshold": threshold, "verdict": verdict}
+    return report
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
@@ -1178,6 +1338,15 @@ def load_checkpoint(path):
     if missing:
         fail(f"{str(path)!r} is not a checkpoint of these methods: it lacks {sorted(missing)[0]!r}")
     return state
+
+
+def args_on(state, dataset=None, data_dir=None):
+    """A checkpoint's flags, with the data set to look at it with in place of its own; refuses what it cannot read."""
+    args = argparse.Namespace(**state["args"])
+    args.dataset, args.data_dir = dataset or args.dataset, data_dir or args.data_dir
+    if (args.dataset in TOYS) != (args.backbone == "mlp"):
+        fail(f"a checkpoint with a {args.backbone} backbone cannot read --dataset {args.dataset}")
+    return args
 
 
 def load_method(name):

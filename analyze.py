@@ -1,0 +1,525 @@
+"""Did it collapse, and how? Collapse modes, spectra, entropies and pictures of one or several checkpoints.
+
+    python analyze.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0 --out report
+    python analyze.py --codes 128 128 16384 --out report        a dictionary of codes alone, no checkpoint
+
+DIR/report.html holds it all and opens in any browser; beside it are the pictures as PNG, the numbers as report.json and
+the arrays behind the curves as report.npz.
+
+diagnosis   the four collapses of "Collapse-Proof Non-Contrastive Self-Supervised Learning", each a number in [0, 1],
+            below its threshold means collapse; `diagnose` in common.py defines them
+spectra     eigenvalues of the covariance of embeddings and features, each as a share of their sum (Figure 6a there)
+entropy     of Gaussian mixtures of more and more components fitted to the embeddings, by 10,000 draws (Figure 6b);
+            lower where they huddle in clusters. In nats per dimension, of embeddings scaled to a mean variance of 1
+matrices    correlation of the embedding's dimensions, and cosines of the images sorted by cluster (Figure 4)
+curves      what training logged, each loss term and metric, on linear and on logarithmic axes (Figures 12a and 16)
+t-SNE       of the features, coloured by class (Figure 12c)
+nearest     the images nearest to the most used codes, prototypes or k-means centers
+
+Everything is measured on un-augmented test images with the network in eval mode. Embeddings are of the layer the loss
+acts on, in their own number of dimensions; checkpoints of different data are compared as they are, each on its own.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+from sklearn.cluster import KMeans
+from sklearn.manifold import TSNE
+from tqdm import tqdm
+
+import common
+
+COMPONENTS = [10, 20, 50, 100, 200, 500, 1000]
+# Okabe and Ito's colours for lines, Tol's "muted" for classes: both can be told apart by colour-blind readers.
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]
+CLASSES = ["#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#777777"]
+plt.rcParams.update({
+    "figure.dpi": 120, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.bbox": "tight",
+    "figure.max_open_warning": 0,
+})  # fmt: skip
+
+# --- numbers
+
+
+def measure(model, data, components, bar):
+    """All of one model in eval mode on the test images: the numbers, as a dict for JSON; the arrays behind its curves;
+    and what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest clusters, `nearest`,
+    {cluster: indices of the images nearest to it}."""
+    out = common.extract(model, data.test_images, data)
+    features, embedding = out["features"], out["embedding"]
+    n, d = embedding.shape
+    spectra = {name: common.covariance_spectrum(out[name]) for name in ("embedding", "features")}
+    scaled = common.unit_variance(embedding)
+    bar.update()
+    mixtures = {}
+    for k in components:
+        if k <= n // 2:
+            mixtures[k] = common.mixture_entropy(common.fit_mixture(scaled, k)[0]) / d
+        bar.update()
+    clusters, nearest, by = assign(model, data, out)
+    numbers = {
+        "images": n,
+        "dimensions": {"embedding": d, "features": features.shape[1]},
+        "diagnosis": common.diagnose(embedding, out.get("codes"), out.get("clusters")),
+        "center_norm": common.center_norm(embedding),
+        "correlation": common.average_correlation(embedding),
+        "effective_rank": {name: common.effective_rank(out[name]) for name in spectra},
+        "auc": {name: common.spectrum_auc(spectrum) for name, spectrum in spectra.items()},
+        "power_law": {name: common.power_law(spectrum) for name, spectrum in spectra.items()},
+        "entropy": {
+            "mixture": mixtures,
+            "logdet": common.logdet_entropy(scaled) / d,
+            "pairwise": [bound / d for bound in common.pairwise_entropy(scaled)],
+        },
+        "clusters": {"by": by, "used": len(np.unique(clusters)), "of": out.get("clusters", len(data.classes))},
+    }
+    bar.update()
+    arrays = {f"spectrum_{name}": spectrum.cpu().numpy() for name, spectrum in spectra.items()}
+    arrays |= {"entropy_components": np.array(list(mixtures)), "entropy_mixture": np.array(list(mixtures.values()))}
+    arrays |= {"clusters": clusters, "labels": data.test_labels.cpu().numpy()}
+    pictures = {"features": features.cpu().numpy(), "embedding": embedding.cpu(), "clusters": clusters}
+    return numbers, arrays, pictures | {"nearest": nearest}
+
+
+@torch.no_grad()
+def assign(model, data, out):
+    """Clusters (n,), the images nearest to the eight largest and by what they were assigned: the method's codes, or
+    k-means on the features where it has none."""
+    if "codes" in out:
+        clusters = out["codes"].cpu().numpy()
+    else:
+        features = out["features"].cpu().numpy()
+        means = KMeans(min(len(data.classes), len(features)), n_init=3, random_state=0).fit(features)
+        clusters = means.labels_
+    names, sizes = np.unique(clusters, return_counts=True)
+    largest = names[np.argsort(-sizes, kind="stable")[:8]]
+    if "codes" in out:
+        batches = data.test_images.split(500)
+        closeness = torch.cat([model.embed(data.normalise(b))["scores"][:, largest].cpu() for b in batches]).numpy()
+    else:
+        closeness = -means.transform(features)[:, largest]
+    nearest = {int(c): np.argsort(-closeness[:, i], kind="stable")[:10] for i, c in enumerate(largest)}
+    return clusters, nearest, "codes" if "codes" in out else "k-means"
+
+
+# --- pictures
+
+
+def legend(axes, names):
+    """One legend for all axes, below them, where it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
+
+
+def style(i):
+    return {"color": LINES[i % len(LINES)], "linestyle": ["-", "--", ":"][i // len(LINES) % 3], "linewidth": 1.4}
+
+
+def log_axes(ax, which):
+    """Logarithmic x, y or both axes with ticks at 1, 2, 5 times powers of ten, written as plain numbers."""
+    for name in which:
+        ax.set(**{f"{name}scale": "log"})
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
+
+
+def draw_spectra(arrays):
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    for ax, name in zip(axes, ("embedding", "features"), strict=True):
+        for i, (label, a) in enumerate(arrays.items()):
+            spectrum = a[f"spectrum_{name}"]
+            total = spectrum.sum()
+            share = spectrum / total if total > 0 else np.full_like(spectrum, np.nan)
+            # Below a ten-millionth of the first is float32's rounding, not the network.
+            share = np.where(share > 1e-7 * share[:1], share, np.nan)
+            ax.plot(np.arange(1, len(share) + 1), share, label=label, **style(i))
+        ax.set(title=name, xlabel="rank of the eigenvalue", yscale="log")
+    axes[0].set_ylabel("eigenvalue of the covariance, share of the sum")
+    legend(axes[0], arrays)
+    return figure
+
+
+def draw_entropy(arrays):
+    figure, ax = plt.subplots(figsize=(5.6, 3.6))
+    for i, (label, a) in enumerate(arrays.items()):
+        ax.plot(a["entropy_components"], a["entropy_mixture"], marker="o", markersize=3, label=label, **style(i))
+    ax.axhline((1 + np.log(2 * np.pi)) / 2, color="gray", linewidth=0.8)
+    ax.annotate("isotropic Gaussian", (0.99, (1 + np.log(2 * np.pi)) / 2), xycoords=("axes fraction", "data"),
+                ha="right", va="bottom", color="gray", fontsize=8)  # fmt: skip
+    ax.set(xlabel="components of the mixture", ylabel="entropy [nats per dimension]")
+    log_axes(ax, "x")
+    ax.margins(y=0.1)
+    legend(ax, arrays)
+    return figure
+
+
+def draw_matrices(label, picture):
+    """Correlations of up to 512 dimensions, and cosines of up to 512 images in the order of their clusters."""
+    z = picture["embedding"].double()
+    some = torch.arange(min(512, len(z))) * len(z) // min(512, len(z))
+    some = some[np.argsort(picture["clusters"][some], kind="stable")]
+    dims = torch.arange(min(512, z.shape[1])) * z.shape[1] // min(512, z.shape[1])
+    centered = z - z.mean(0)
+    correlation = torch.nn.functional.normalize(centered, dim=0)[:, dims]
+    directions = torch.nn.functional.normalize(z[some], dim=1)
+    matrices = correlation.T @ correlation, directions @ directions.T
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.7))
+    names = ("dimension of the embedding", "correlation"), ("image, sorted by cluster", "cosine")
+    figure.suptitle(label)
+    for ax, matrix, (what, measure) in zip(axes, matrices, names, strict=True):
+        ax.grid(False)
+        shown = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        ax.set(xlabel=what, ylabel=what)
+        figure.colorbar(shown, ax=ax, label=measure, shrink=0.8)
+    return figure
+
+
+def draw_curves(logs, methods, scale):
+    """A panel for each quantity that the logs hold, over epochs. Metrics share one, loss terms only within a method.
+    With scale "log" epochs are, which leaves out 0, before training, and values where they are positive and span more
+    than a factor of 3."""
+    metrics = ("knn", "center_norm", "effective_rank", "correlation", "used_codes")
+    panels = {}
+    for label, log in logs.items():
+        for line in log:
+            for name in line.keys() - {"epoch", "lr", "images_per_second"}:
+                if scale == "linear" or line["epoch"]:
+                    title = name if name in metrics else f"{methods[label]}: {name}"
+                    panels.setdefault(title, {}).setdefault(label, []).append((line["epoch"], line[name]))
+    order = sorted(panels, key=lambda title: (metrics.index(title) if title in metrics else 9, title))
+    rows = -(-len(order) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.3 * rows), squeeze=False)
+    for ax in axes.flat[len(order) :]:
+        ax.remove()
+    lines = {}
+    for ax, title in zip(axes.flat, order, strict=False):
+        for label, points in panels[title].items():
+            marker = "." if len(points) < 20 else None
+            (lines[label],) = ax.plot(*zip(*points, strict=True), marker=marker, **style(list(logs).index(label)))
+        ax.set(title=title.replace("_", " "), xlabel="epoch")
+        if scale == "log":
+            values = [y for points in panels[title].values() for _, y in points]
+            log_axes(ax, "xy" if 0 < 3 * min(values) < max(values) else "x")
+    if len(lines) > 1:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)))
+    return figure
+
+
+def draw_tsne(pictures, arrays, classes):
+    """Features of up to 2,000 images in the plane, a panel for each checkpoint, coloured by class."""
+    columns = 2 if len(pictures) in (2, 4) else min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.4 * rows + 0.6), squeeze=False)
+    for ax in axes.flat[len(pictures) :]:
+        ax.remove()
+    for ax, (label, picture) in zip(axes.flat, pictures.items(), strict=False):
+        features, labels = picture["features"], arrays[label]["labels"]
+        some = np.arange(min(2000, len(features))) * len(features) // min(2000, len(features))
+        features, labels = features[some], labels[some]
+        ax.set(title=label, xticks=[], yticks=[])
+        ax.spines[:].set_visible(True)
+        if len(some) < 4 or np.ptp(features, 0).max() == 0:
+            ax.text(0.5, 0.5, "too few images" if len(some) < 4 else "all features are equal", ha="center")
+            continue
+        # The first coordinates along two random directions, as PCA divides by zero where features are of rank 1.
+        flat = TSNE(perplexity=min(30, (len(some) - 1) / 3), init="random", random_state=0).fit_transform(features)
+        for c, name in enumerate(classes[label]):
+            chosen = labels == c
+            color = CLASSES[c] if len(classes[label]) <= len(CLASSES) else plt.cm.viridis(c / len(classes[label]))
+            ax.scatter(*flat[chosen].T, s=6, color=color, label=name, linewidths=0)
+    shown = max(classes.values(), key=len)
+    if len(shown) <= len(CLASSES) and len({tuple(c) for c in classes.values()}) == 1:
+        handles, names = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(shown)), markerscale=3)
+    return figure
+
+
+def draw_nearest(label, picture, data):
+    """A row for each of the largest clusters, with the images nearest to it; for toys all points, coloured."""
+    images = data.test_images.cpu()
+    if images.ndim == 2:
+        figure, ax = plt.subplots(figsize=(4.4, 3.6))
+        ax.scatter(*images.T, s=4, color="lightgray", linewidths=0, label="other")
+        for i, cluster in enumerate(picture["nearest"]):
+            ax.scatter(*images[picture["clusters"] == cluster].T, s=4, color=LINES[i], linewidths=0, label=f"{cluster}")
+        ax.set(title=label, xlabel="first coordinate", ylabel="second coordinate")
+        figure.legend(title="cluster", loc="outside right center", markerscale=3)
+        return figure
+    figure, axes = plt.subplots(len(picture["nearest"]), 10, figsize=(8, 0.85 * len(picture["nearest"])), squeeze=False)
+    figure.suptitle(label)
+    for row, (cluster, nearest) in zip(axes, picture["nearest"].items(), strict=True):
+        for ax in row:
+            ax.axis("off")
+        for ax, i in zip(row, nearest, strict=False):
+            ax.imshow(images[i].permute(1, 2, 0))
+        size = (picture["clusters"] == cluster).sum()
+        row[0].text(-0.15, 0.5, f"{cluster}\n{size} images", ha="right", va="center", transform=row[0].transAxes)
+    return figure
+
+
+def draw_codes(f, sizes):
+    """WᵀW / f of dictionaries of codes, Rademacher above Hadamard, and the histogram of its entries off the diagonal,
+    with what chance gives: cos = (2 B - f) / f with B binomial, so mean 0 and variance 1 / f (Eq. 5)."""
+    draw = common.load_method("cplearn").draw_codes
+    figure, axes = plt.subplots(3, len(sizes), figsize=(2.9 * len(sizes) + 0.6, 8), squeeze=False)
+    numbers, arrays = [], {}
+    log_binomial = [math.lgamma(f + 1) - math.lgamma(b + 1) - math.lgamma(f - b + 1) for b in range(f + 1)]
+    expected = np.exp(np.array(log_binomial) - f * math.log(2))
+    cosines = 2 * np.arange(f + 1) / f - 1
+    for column, c in zip(axes.T, sizes, strict=True):
+        entry = {"f": f, "c": c}
+        for ax, kind in zip(column, ("rademacher", "hadamard"), strict=False):
+            ax.grid(False)
+            if kind == "hadamard" and (f & (f - 1) or c > f):
+                ax.text(0.5, 0.5, "Hadamard needs f a power\nof two and c at most f", ha="center", va="center")
+                ax.axis("off")
+                continue
+            w = draw(kind, f, c, seed=0).float()
+            shown = ax.imshow(w[:, :128].T @ w[:, :128] / f, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            ax.set(title=f"{kind.capitalize()}, c = {c}" + (", first 128" if c > 128 else ""), xlabel="code")
+            counts = torch.zeros(f + 1, dtype=torch.float64)
+            for part in w.split(1024, 1):
+                agree = ((part.T @ w + f) / 2).round().long()
+                counts += torch.bincount(agree.flatten(), minlength=f + 1)
+            counts[f] -= c  # each code with itself
+            share = (counts / counts.sum()).numpy()
+            average = (share * cosines).sum()
+            entry[kind] = {"mean": average, "variance": (share * (cosines - average) ** 2).sum()}
+            arrays[f"{kind}_{c}"] = share
+            width = 2 / f if kind == "rademacher" else 0.5 / f
+            color = LINES[0] if kind == "rademacher" else LINES[1]
+            column[2].bar(cosines, share, width, color=color, alpha=0.7, label=kind.capitalize())
+        column[2].plot(cosines, expected, color="black", linewidth=1, label="binomial")
+        limit = 6 / math.sqrt(f)
+        column[2].set(xlim=(-limit, limit), yscale="log", ylim=(1e-6, 2), xlabel="cosine of two codes")
+        numbers.append(entry | {"variance_expected": 1 / f})
+    axes[0, 0].set_ylabel("code")
+    axes[2, 0].set_ylabel("share of the pairs")
+    figure.colorbar(shown, ax=axes[:2], label="cosine", shrink=0.6)
+    figure.legend(*axes[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure, numbers, arrays | {"cosines": cosines, "binomial": expected}
+
+
+# --- the report
+
+CAPTIONS = {
+    "spectra": "Spectra of the covariance. A curve that falls early has few directions left: dimensional collapse. "
+    "Eigenvalues below float32's rounding, a ten-millionth of the largest, are not drawn.",
+    "entropy": "Entropy of Gaussian mixtures with diagonal covariance fitted to the embeddings, by 10,000 draws. It "
+    "falls where embeddings huddle in clusters: intracluster collapse. Mixtures of more components than half the "
+    "images are left out; each variance has a floor of a thousandth of the mean variance.",
+    "curves_linear": "What training logged; epoch 0 is the untrained network.",
+    "curves_log": "The same over logarithmic epochs, without epoch 0; values too where they span more than a factor of 3.",
+    "tsne": "t-SNE of the features, coloured by class. Distances between groups mean little.",
+    "matrices": "Left: correlation of the embedding's dimensions; off the diagonal, white is decorrelated. "
+    "Right: cosines of images, sorted by cluster; blocks are clusters, red all over is representation collapse.",
+    "nearest": "What the largest clusters hold: the images nearest to each.",
+    "codes": "Cosines of the dictionary's codes with one another: the larger f, the nearer to orthogonal; c does not "
+    "matter (Eq. 5). Black: the binomial distribution that chance gives.",
+}
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto } img { max-width: 100% }
+th, td { padding: .3em .8em; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } figure { margin: 2em 0 } figcaption { color: #555 }
+.collapsed { background: #f9d6c4 } .implied { background: #fbeee6 } .ok { background: #dcefe6 }"""
+
+
+def table(head, rows):
+    """An HTML table; a cell is text, or a pair of text and class."""
+    cells = [[(cell, "") if isinstance(cell, str) else cell for cell in row] for row in rows]
+    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+    lines += ["".join(f'<td class="{kind}">{html.escape(text)}</td>' for text, kind in row) for row in cells]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def tables(numbers):
+    """The diagnosis and the other numbers of all checkpoints as HTML."""
+    modes = list(next(iter(numbers.values()))["diagnosis"])
+    rows = []
+    for label, entry in numbers.items():
+        cells = []
+        for report in entry["diagnosis"].values():
+            number = "" if report["number"] is None else f"{report['number']:.2f} "
+            cells.append((number + report["verdict"], report["verdict"]))
+        rows.append([label, entry["method"], entry["dataset"], str(entry["epoch"]), *cells])
+    first = next(iter(numbers.values()))["diagnosis"]
+    heads = [f"{mode} (< {first[mode]['threshold']:g})" for mode in modes]
+    text = "<h2>Diagnosis</h2>" + table(["checkpoint", "method", "data", "epoch", *heads], rows)
+    text += (
+        "<p>Each number is in [0, 1]; below the threshold the mode has collapsed. Representation: variance of the "
+        "embeddings' directions. Dimensional: logarithm of the effective rank over that of the dimensions. Cluster: "
+        "the same of the codes in use. Intracluster: distance to the own cluster over distance to the next. Where all "
+        "embeddings are one vector, the other collapses are implied.</p><h2>Numbers</h2>"
+    )
+    rows = []
+    for label, e in numbers.items():
+        mixture = list(e["entropy"]["mixture"].items())
+        rows.append([
+            label, str(e["images"]), f"{e['center_norm']:.3f}", f"{e['correlation']:.3f}",
+            *(f"{e['effective_rank'][k]:.1f} of {e['dimensions'][k]}" for k in ("embedding", "features")),
+            f"{e['auc']['embedding']:.3f}", f"{e['power_law']['embedding']:.2f}",
+            f"{mixture[-1][1]:.3f} ({mixture[-1][0]})" if mixture else "", f"{e['entropy']['logdet']:.3f}",
+            "{:.3f} to {:.3f}".format(*e["entropy"]["pairwise"]),
+            f"{e['clusters']['used']} of {e['clusters']['of']} {e['clusters']['by']}",
+        ])  # fmt: skip
+    head = ["checkpoint", "images", "center norm", "correlation", "effective rank", "of features", "AUC", "power law",
+            "entropy, mixture of", "log-det", "pairwise", "clusters used"]  # fmt: skip
+    return text + table(head, rows) + "<p>Entropies are in nats per dimension.</p>"
+
+
+def write_report(folder, title, intro, numbers, arrays, figures):
+    """Writes report.json, report.npz, a PNG for each figure {name: (figure, caption)} and report.html."""
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+    ]
+    parts.append(intro)
+    for name, (figure, caption) in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        common.replace(folder / f"{name}.png", lambda file, buffer=buffer: file.write(buffer.getvalue()))
+        data = base64.b64encode(buffer.getvalue()).decode()
+        alt, caption = html.escape(name), html.escape(caption)
+        parts.append(
+            f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+        )
+    common.replace(folder / "report.json", lambda file: file.write(json.dumps(finite(numbers), indent=2).encode()))
+    common.replace(folder / "report.npz", lambda file: np.savez_compressed(file, **arrays))
+    common.replace(folder / "report.html", lambda file: file.write("\n".join(parts).encode()))
+    print(f"wrote {folder / 'report.html'} and {len(figures)} pictures, report.json, report.npz")
+
+
+def finite(value):
+    """The value with NaN as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def read_log(path):
+    """The epochs' lines of the log beside a checkpoint, an empty list if there is none."""
+    log = (path if path.is_dir() else path.parent) / "log.jsonl"
+    lines = log.read_text().splitlines()[1:] if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def labels_of(paths):
+    """The run folders' names, with as many folders above as tell them apart."""
+    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
+    for depth in range(1, 10):
+        labels = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(set(folders)) == len(folders):
+            return labels
+    return [str(path) for path in paths]
+
+
+def main():
+    parser = common.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a last.pt or the run folder that holds it"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the report; files in it are replaced")
+    parser.add_argument("--init", action="store_true", help="also analyze each network as it was before training")
+    parser.add_argument(
+        "--codes", nargs="+", type=int, metavar="N", help="f c [c ...]: dimensions, then numbers of codes"
+    )
+    parser.add_argument("--components", nargs="+", type=int, default=COMPONENTS, metavar="K",
+                        help=f"sizes of the mixtures {COMPONENTS}; fewer or smaller ones are faster")  # fmt: skip
+    parser.add_argument("--images", type=int, default=10_000, help="at most so many test images [10000]")
+    parser.add_argument("--dataset", choices=common.SHARED["dataset"][2], metavar="NAME", help="[the training data]")
+    parser.add_argument("--data-dir", help="where that data set is [as in training]")
+    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[cuda, else mps, else cpu]")
+    options = parser.parse_args()
+    if bool(options.codes) == bool(options.checkpoints):
+        common.fail("give either checkpoints or --codes f c ... (see --help)")
+    if options.codes and (len(options.codes) < 2 or options.codes[0] < 1 or min(options.codes[1:]) < 2):
+        common.fail(
+            "--codes wants the dimensions f and at least one number of codes c of 2 or more, as in --codes 128 16384"
+        )
+    if min(options.components) < 1 or options.images < 4:
+        common.fail("--components must be at least 1 and --images at least 4")
+    device = common.find_device(options.device)
+    folder = Path(options.out)
+    states = [common.load_checkpoint(path) for path in options.checkpoints]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        common.replace(folder / "report.json", lambda file: file.write(b"{}"))
+    except OSError as error:
+        common.fail(f"cannot write to {options.out!r}: {error.strerror}; choose another --out")
+
+    if options.codes:
+        figure, numbers, arrays = draw_codes(options.codes[0], options.codes[1:])
+        rows = [
+            [str(e["c"]), kind, f"{e[kind]['mean']:.2e}", f"{e[kind]['variance']:.6f}", f"{e['variance_expected']:.6f}"]
+            for e in numbers
+            for kind in ("rademacher", "hadamard")
+            if kind in e
+        ]
+        intro = table(["c", "codes", "mean cosine", "variance", "1 / f"], rows)
+        title = f"Codes of {options.codes[0]} dimensions"
+        write_report(folder, title, intro, numbers, arrays, {"codes": (figure, CAPTIONS["codes"])})
+        return
+
+    paths = [Path(path) for path in options.checkpoints]
+    jobs = [
+        (path, label + ("" if trained else " (untrained)"), state, trained)
+        for path, label, state in zip(paths, labels_of(paths), states, strict=True)
+        for trained in ([False, True] if options.init else [True])
+    ]
+    numbers, arrays, pictures, classes, logs, figures, loaded = {}, {}, {}, {}, {}, {}, {}
+    bar = tqdm(total=len(jobs) * (len(options.components) + 2), desc="analyze", disable=None, leave=False)
+    for path, label, state, trained in jobs:
+        bar.set_description(label)
+        model = common.build_model(state, device, trained)
+        args = common.args_on(state, options.dataset, options.data_dir)
+        key = (args.dataset, args.data_dir, args.image_size)
+        if key not in loaded:
+            data = common.load_data(args, device)
+            some = torch.arange(min(options.images, len(data.test_labels))) * len(data.test_labels)
+            some = (some // min(options.images, len(data.test_labels))).to(data.test_images.device)
+            images, test_labels = data.test_images[some], data.test_labels[some]
+            loaded = {key: dataclasses.replace(data, test_images=images, test_labels=test_labels)}
+        data = loaded[key]
+        entry, arrays[label], pictures[label] = measure(model, data, options.components, bar)
+        about = {"method": state["method"], "dataset": args.dataset, "epoch": state["epoch"] if trained else 0}
+        numbers[label], classes[label] = about | entry, data.classes
+        if trained and (log := read_log(path)):
+            logs[label] = log
+        figures[f"matrices-{label}"] = draw_matrices(label, pictures[label]), f"{label}. {CAPTIONS['matrices']}"
+        figures[f"nearest-{label}"] = draw_nearest(label, pictures[label], data), f"{label}. {CAPTIONS['nearest']}"
+    bar.close()
+    shared = {"spectra": draw_spectra(arrays), "entropy": draw_entropy(arrays)}
+    if logs:
+        methods = {label: numbers[label]["method"] for label in logs}
+        shared |= {f"curves_{scale}": draw_curves(logs, methods, scale) for scale in ("linear", "log")}
+    shared["tsne"] = draw_tsne(pictures, arrays, classes)
+    shared = {name: (figure, CAPTIONS[name]) for name, figure in shared.items()}
+    figures = {re.sub(r"[^\w.-]+", "-", name).strip("-"): figure for name, figure in figures.items()}
+    flat = {f"{label}/{name}": array for label, a in arrays.items() for name, array in a.items()}
+    write_report(folder, "Collapse report", tables(numbers), numbers, flat, shared | figures)
+
+
+if __name__ == "__main__":
+    main()
