@@ -27,6 +27,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -37,7 +38,6 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib import ticker
-from sklearn.cluster import KMeans
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
@@ -103,16 +103,15 @@ def assign(model, data, out):
     if "codes" in out:
         clusters = out["codes"].cpu().numpy()
     else:
-        features = out["features"].cpu().numpy()
-        means = KMeans(min(len(data.classes), len(features)), n_init=3, random_state=0).fit(features)
-        clusters = means.labels_
+        clusters, centers = common.kmeans(out["features"], len(data.classes))
+        clusters = clusters.cpu().numpy()
     names, sizes = np.unique(clusters, return_counts=True)
     largest = names[np.argsort(-sizes, kind="stable")[:8]]
     if "codes" in out:
         batches = data.test_images.split(500)
         closeness = torch.cat([model.embed(data.normalise(b))["scores"][:, largest].cpu() for b in batches]).numpy()
     else:
-        closeness = -means.transform(features)[:, largest]
+        closeness = -torch.cdist(out["features"], centers[largest]).cpu().numpy()
     nearest = {int(c): np.argsort(-closeness[:, i], kind="stable")[:10] for i, c in enumerate(largest)}
     return clusters, nearest, "codes" if "codes" in out else "k-means"
 
@@ -186,7 +185,7 @@ def draw_matrices(label, picture):
     figure.suptitle(label)
     for ax, matrix, (what, measure) in zip(axes, matrices, names, strict=True):
         ax.grid(False)
-        shown = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        shown = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         ax.set(xlabel=what, ylabel=what)
         figure.colorbar(shown, ax=ax, label=measure, shrink=0.8)
     return figure
@@ -254,7 +253,7 @@ def draw_tsne(pictures, arrays, classes):
 
 def draw_nearest(label, picture, data):
     """A row for each of the largest clusters, with the images nearest to it; for toys all points, coloured."""
-    images = data.test_images.cpu()
+    images = data.test_images.cpu().numpy()
     if images.ndim == 2:
         figure, ax = plt.subplots(figsize=(4.4, 3.6))
         ax.scatter(*images.T, s=4, color="lightgray", linewidths=0, label="other")
@@ -269,7 +268,7 @@ def draw_nearest(label, picture, data):
         for ax in row:
             ax.axis("off")
         for ax, i in zip(row, nearest, strict=False):
-            ax.imshow(images[i].permute(1, 2, 0))
+            ax.imshow(images[i].transpose(1, 2, 0))
         size = (picture["clusters"] == cluster).sum()
         row[0].text(-0.15, 0.5, f"{cluster}\n{size} images", ha="right", va="center", transform=row[0].transAxes)
     return figure
@@ -293,7 +292,8 @@ def draw_codes(f, sizes):
                 ax.axis("off")
                 continue
             w = draw(kind, f, c, seed=0).float()
-            shown = ax.imshow(w[:, :128].T @ w[:, :128] / f, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            some = (w[:, :128].T @ w[:, :128] / f).numpy()
+            shown = ax.imshow(some, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             ax.set(title=f"{kind.capitalize()}, c = {c}" + (", first 128" if c > 128 else ""), xlabel="code")
             counts = torch.zeros(f + 1, dtype=torch.float64)
             for part in w.split(1024, 1):
@@ -327,7 +327,8 @@ CAPTIONS = {
     "falls where embeddings huddle in clusters: intracluster collapse. Mixtures of more components than half the "
     "images are left out; each variance has a floor of a thousandth of the mean variance.",
     "curves_linear": "What training logged; epoch 0 is the untrained network.",
-    "curves_log": "The same over logarithmic epochs, without epoch 0; values too where they span more than a factor of 3.",
+    "curves_log": "The same over logarithmic epochs, without epoch 0; values too where they span more than a factor "
+    "of 3.",
     "tsne": "t-SNE of the features, coloured by class. Distances between groups mean little.",
     "matrices": "Left: correlation of the embedding's dimensions; off the diagonal, white is decorrelated. "
     "Right: cosines of images, sorted by cluster; blocks are clusters, red all over is representation collapse.",
@@ -387,6 +388,7 @@ def tables(numbers):
 
 def write_report(folder, title, intro, numbers, arrays, figures):
     """Writes report.json, report.npz, a PNG for each figure {name: (figure, caption)} and report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
     ]
@@ -462,12 +464,9 @@ def main():
         common.fail("--components must be at least 1 and --images at least 4")
     device = common.find_device(options.device)
     folder = Path(options.out)
-    states = [common.load_checkpoint(path) for path in options.checkpoints]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        common.replace(folder / "report.json", lambda file: file.write(b"{}"))
-    except OSError as error:
-        common.fail(f"cannot write to {options.out!r}: {error.strerror}; choose another --out")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        common.fail(f"cannot write to {options.out!r}: choose another --out")
 
     if options.codes:
         figure, numbers, arrays = draw_codes(options.codes[0], options.codes[1:])
@@ -483,6 +482,10 @@ def main():
         return
 
     paths = [Path(path) for path in options.checkpoints]
+    states = [common.load_checkpoint(path) for path in paths]
+    for state in states:  # what is wrong with the last one should not show after the work on the first
+        common.args_on(state, options.dataset, options.data_dir)
+        common.load_method(state["method"])
     jobs = [
         (path, label + ("" if trained else " (untrained)"), state, trained)
         for path, label, state in zip(paths, labels_of(paths), states, strict=True)

@@ -175,6 +175,8 @@ def read_folder(root, size, dataset):
                 fail(f"class folder {str(split / name)!r} holds no images; add some or remove the folder")
             files += sorted(found)
             labels += [label] * len(found)
+        if not files:
+            fail(f"{str(split)!r} holds no images in class folders of train/, and the evaluation needs some")
         splits.append((split.name, files, torch.tensor(labels)))
     cached = []
     for name, files, labels in splits:
@@ -678,8 +680,8 @@ def logdet_entropy(z, floor=1e-3):
     """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)). Exact if z is
     Gaussian and n >> d, else too high, the Gaussian being the widest of its covariance; few points make it too low."""
     spectrum = covariance_spectrum(z)
-    missing = z.shape[1] - len(spectrum)  # directions for which there are too few points
-    return ((spectrum + floor).log().sum() + missing * math.log(floor)).item() / 2 + z.shape[1] * _GAUSS
+    spectrum = F.pad(spectrum, (0, z.shape[1] - len(spectrum)))  # no variance where there are too few points for any
+    return (spectrum + floor).log().sum().item() / 2 + z.shape[1] * _GAUSS
 
 
 def pairwise_entropy(z, noise=0.1):
@@ -720,11 +722,10 @@ def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
     (weights (k,), means (k, d), variances (k, d)), and its mean log-likelihood in nats before the last step.
 
     `floor` is added to each variance, so that a component of one point does not shrink to it. Starts at the mixture
-    `start`, or from hard assignments to k random points; ends once the log-likelihood gains less than `tolerance`.
+    `start`, or from k-means; ends once the log-likelihood gains less than `tolerance`.
     """
     if start is None:
-        centers = x[torch.randperm(len(x), generator=generator(0))[:k].to(x.device)]
-        start = _mixture_of(x, F.one_hot(torch.cdist(x, centers).argmin(1), len(centers)).to(x), floor)
+        start = _mixture_of(x, F.one_hot(kmeans(x, k, restarts=1, iterations=10)[0], min(k, len(x))).to(x), floor)
     mixture, before = start, -math.inf
     for _ in range(iterations):
         joint = _log_joint(x, *mixture)
@@ -819,6 +820,35 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
         votes = torch.zeros(len(query), classes, device=bank.device).scatter_add_(1, bank_labels[nearest], weight)
         right += (votes.argmax(1) == label).sum().item()
     return right / len(queries)
+
+
+def kmeans(x, k, restarts=5, iterations=100):
+    """Cluster assignments (n,) of x (n, d) and centers (k, d): Lloyd's algorithm from greedy k-means++ seeds, best of
+    `restarts`."""
+    rng, k, best = generator(0), min(k, len(x)), (math.inf,)
+    for _ in range(restarts):
+        chosen = [int(torch.randint(len(x), (1,), generator=rng))]
+        nearest = (x - x[chosen[0]]).square().sum(1)
+        for _ in range(k - 1):
+            # Points on top of a seed have no weight; where all are, any will do. The best of four draws is kept.
+            draws = torch.multinomial(nearest.cpu().double() + 1e-30, 4, replacement=True, generator=rng).to(x.device)
+            closer = torch.minimum(nearest, torch.cdist(x[draws], x).square())
+            best_draw = int(closer.sum(1).argmin())
+            nearest = closer[best_draw]
+            chosen.append(int(draws[best_draw]))
+        centers, assigned = x[chosen], None
+        for _ in range(iterations):
+            before = assigned
+            distance, assigned = torch.cdist(x, centers).min(1)
+            if before is not None and torch.equal(before, assigned):
+                break
+            total = torch.zeros_like(centers).index_add_(0, assigned, x)
+            count = torch.bincount(assigned, minlength=k).unsqueeze(1)
+            centers = torch.where(count > 0, total / count.clamp_min(1), centers)
+        inertia = distance.square().sum().item()
+        if inertia < best[0]:
+            best = (inertia, assigned, centers)
+    return best[1:]
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Time and memory beside the plain way of doing the same, as ratios: python tests/benchmark.py
 
-CPLearn's loss and gradient, blockwise against the formula written down with n × c matrices; and one batch of augmented
-views against torchvision's transforms image by image. Times are medians of alternating runs in one process; peak extra
-memory is that of a process of its own above what the inputs need: its resident set (Linux), on a GPU the allocator's.
+CPLearn's loss and gradient, blockwise against the formula written down with n × c matrices; one batch of augmented
+views against torchvision's transforms image by image; and evaluation against its forward passes. Times are medians of
+alternating runs in one process (evaluation: of one run); peak extra memory is that of a process of its own above what
+the inputs need: its resident set (Linux), on a GPU the allocator's.
 """
 
+import argparse
 import math
 import resource
 import statistics
@@ -19,6 +21,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import evaluate
 
 DEVICE = common.find_device(None)
 cplearn = common.load_method("cplearn")
@@ -96,6 +99,23 @@ def peak_extra(name, n, f, c):
     return (max(resident) - resident[0]) * resource.getpagesize()
 
 
+def evaluation_share():
+    """Seconds of evaluate.py's figures at CIFAR-10's size (512 features, 2048 dimensions of embedding, k-means), over
+    those of ResNet-18's forward passes through its 60,000 images, of which 1000 are timed."""
+    rng = common.generator(0)
+    net = common.build_backbone(argparse.Namespace(backbone="resnet18", width=64, dataset="cifar10", image_size=32))
+    net = net.to(DEVICE, memory_format=torch.channels_last).eval()
+    net.embed = lambda x: {"features": net(x)}
+    images = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8, generator=rng).to(DEVICE)
+    train, test = ({"features": torch.randn(n, 512, generator=rng).to(DEVICE)} for n in (50_000, 10_000))
+    test["embedding"] = torch.randn(10_000, 2048, generator=rng).to(DEVICE)
+    labels, half = torch.arange(50_000) % 10, torch.full((3,), 0.5, device=DEVICE)
+    data = common.Data(images, labels, images, labels[:10_000], list("0123456789"), half, half)
+    common.extract(net, images[:500], data)
+    forward = 60 * seconds(lambda: common.extract(net, images, data))
+    return seconds(lambda: evaluate.evaluate(train, test, data)) / forward
+
+
 def pages():
     return int(Path("/proc/self/statm").read_text().split()[1])
 
@@ -131,6 +151,7 @@ def main():
 
     times = rival_times(5, batched, lambda: torch.stack([transform(image) for image in images]))
     print(f"\nstrong augmentation of 256 images of 32 × 32, batched: {times[1] / times[0]:.1f} times faster")
+    print(f"\nevaluate.py on CIFAR-10 beyond ResNet-18's forward passes: {evaluation_share():.2f} of their time")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import importlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+TOOLS = ("evaluate", "analyze")
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
@@ -43,21 +45,16 @@ class Result:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(script, *flags) -> Result, in this process and in an empty folder; script is a method or "evaluate"."""
+    """run(script, *flags) -> Result, in this process and in an empty folder; script is a method or one of TOOLS."""
     monkeypatch.chdir(tmp_path)
 
     def call(script, *flags):
-        path = ROOT / "evaluate.py" if script == "evaluate" else ROOT / "methods" / f"{script}.py"
+        path = ROOT / f"{script}.py" if script in TOOLS else ROOT / "methods" / f"{script}.py"
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, flags)])
         capsys.readouterr()
         code = 0
         try:
-            if script == "evaluate":
-                import evaluate
-
-                evaluate.main()
-            else:
-                common.load_method(script).main()
+            (importlib.import_module(script) if script in TOOLS else common.load_method(script)).main()
         except SystemExit as stop:
             code = stop.code
         return Result(code, *capsys.readouterr())

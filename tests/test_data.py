@@ -83,6 +83,9 @@ def test_folder_that_cannot_be_read_is_named(images, capsys):
     (images / "train" / "dog" / "3.png").write_bytes(whole)
     assert len(load().images) == 12
     (images / "val").rename(images / "elsewhere")
+    (images / "val").mkdir()
+    assert "images/val' holds no images" in refused(capsys)
+    (images / "val").rmdir()
     assert "neither val/ nor test/" in refused(capsys)
 
 

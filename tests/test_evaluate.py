@@ -1,16 +1,25 @@
 """evaluate.py: each part against scikit-learn, and the command as it is typed."""
 
+import argparse
 import json
+import math
+import shutil
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import METHODS, OWN, TINY
+from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+import common
 import evaluate
 
 
@@ -30,6 +39,8 @@ def test_probe_of_one_class_or_constant_features():
     assert evaluate.linear_probe(x, y, x, y, epochs=2) == 1
     y = torch.arange(10) % 2
     assert evaluate.linear_probe(torch.ones(10, 4), y, torch.ones(10, 4), y, epochs=2) == 0.5
+    x = torch.stack([torch.ones(10), 2.0 * y], 1)  # one dimension says nothing, the other all
+    assert evaluate.linear_probe(x, y, x, y) == 1
 
 
 def test_kmeans_is_as_good_as_scikit_learns():
@@ -42,9 +53,9 @@ def test_kmeans_is_as_good_as_scikit_learns():
         return sum((x[assigned == k] - x[assigned == k].mean(0)).square().sum().item() for k in np.unique(assigned))
 
     judge = KMeans(8, n_init=10, random_state=0).fit(x.numpy())
-    assert inertia(evaluate.kmeans(x, 8).numpy()) <= 1.02 * judge.inertia_
-    assert evaluate.kmeans(torch.ones(20, 3), 4).shape == (20,)
-    assert evaluate.kmeans(x[:3], 10).unique().numel() == 3
+    assert inertia(common.kmeans(x, 8)[0].numpy()) <= 1.02 * judge.inertia_
+    assert common.kmeans(torch.ones(20, 3), 4)[0].shape == (20,)
+    assert common.kmeans(x[:3], 10)[0].unique().numel() == 3
 
 
 @pytest.fixture
@@ -100,3 +111,158 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     torch.save(state | {"args": state["args"] | {"projector_dim": 8}}, tmp_path / "other.pt")
     assert "does not fit" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
+
+
+@pytest.fixture
+def one_run(run):
+    assert run("cplearn", *TINY, *OWN["cplearn"], "--epochs", "2").code == 0
+    return Path("runs/cplearn-blobs-seed0")
+
+
+def test_data_that_is_not_there_is_one_line(run, one_run, monkeypatch):
+    def offline(*args, **kwargs):
+        raise URLError("no connection")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    state = torch.load(one_run / "last.pt", weights_only=True)
+    args = state["args"] | {"backbone": "resnet8", "dataset": "shapes", "width": 4}
+    model = common.load_method("cplearn").Model(argparse.Namespace(**args))
+    torch.save(state | {"args": args, "model": model.state_dict()}, "images.pt")
+    flags = ["images.pt", "--data-dir", "nowhere", "--dataset"]
+    assert "cifar10 is not in 'nowhere'" in run("evaluate", *flags, "cifar10").error
+    assert "no images under 'nowhere'" in run("evaluate", *flags, "folder").error
+    assert "invalid choice: 'mnist'" in run("evaluate", *flags, "mnist").error
+
+
+def test_network_of_nan_is_one_line(run, one_run):
+    state = torch.load(one_run / "last.pt", weights_only=True)
+    state["model"]["head.0.weight"].fill_(torch.nan)
+    torch.save(state, "nan.pt")
+    assert "'nan.pt' gives features that are not finite" in run("evaluate", "nan.pt", "--device", "cpu").error
+
+
+def draw_folder(counts, test_counts):
+    """images/{train,val}/<class>/*: squares of noise, each class with a tint of its own."""
+    rng = np.random.default_rng(0)
+    for split, numbers in (("train", counts), ("val", test_counts)):
+        for label, n in enumerate(numbers):
+            folder = Path("images", split, f"class{label}")
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 200, (16, 16, 3)) + 50 * np.eye(3, dtype=int)[label]
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} in JSON")
+
+
+@pytest.mark.parametrize("counts, test_counts", [([10], [5]), ([10], [1]), ([9, 1], [9, 1]), ([200, 3, 1], [40, 1, 1])])
+def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
+    draw_folder(counts, test_counts)
+    sizes = ["--backbone", "resnet8", "--width", 4, "--image-size", 16, "--projector-dim", 8, "--batch-size", 4]
+    for method, own in (("cplearn", ["--c", 16]), ("vicreg", [])):
+        flags = ["--dataset", "folder", "--data-dir", "images", *sizes, *own, "--epochs", 2, "--device", "cpu"]
+        assert run(method, *flags).code == 0
+    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0"]
+    assert run("evaluate", *runs, "--init", "--device", "cpu").code == 0
+    result = run("evaluate", *runs, "--init", "--json", "--save-features", "features", "--device", "cpu")
+    rows = json.loads(result.out, parse_constant=no_constant)
+    assert len(rows) == 4
+    for row in rows:
+        saved = np.load(row["saved"])
+        labels = saved["test_labels"]
+        assert np.bincount(labels).tolist() == test_counts
+        judge = KNeighborsClassifier(min(200, sum(counts)), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
+        judge.fit(saved["train_features"], saved["train_labels"])
+        assert row["knn"] == pytest.approx(judge.score(saved["test_features"], labels))
+        if len(counts) > 1:
+            scaler = StandardScaler().fit(saved["train_features"])
+            judge = LogisticRegression(C=1e3, max_iter=1000)
+            judge.fit(scaler.transform(saved["train_features"]), saved["train_labels"])
+            expected = judge.score(scaler.transform(saved["test_features"]), labels)
+            assert row["linear"] == pytest.approx(expected, abs=0.05)
+        if row["method"] == "cplearn":
+            codes = saved["test_codes"]
+        else:
+            codes = common.kmeans(torch.from_numpy(saved["test_features"]), len(counts))[0].numpy()
+        assert row["nmi"] == pytest.approx(normalized_mutual_info_score(labels, codes))
+        assert row["ami"] == pytest.approx(adjusted_mutual_info_score(labels, codes))
+        assert 0 <= row["shuffled"] <= 1 and 1 <= row["used"] <= len(labels)
+        assert row["rank"] == 0 if len(labels) == 1 else 1 <= row["rank"] <= min(8, len(labels) - 1)
+        if len(counts) == 1:
+            one_cluster = float(row["used"] == 1)
+            assert row["linear"] == row["knn"] == 1 and row["nmi"] == row["shuffled"] == row["ami"] == one_cluster
+
+
+def test_saved_features_are_those_of_the_network(run, one_run):
+    """Against a plain torch.nn network with the checkpoint's backbone, and Eq. 1 for embedding and codes."""
+    flags = ["--init", "--json", "--save-features", "new/features", "--device", "cpu"]
+    before, after = json.loads(run("evaluate", one_run, *flags).out)
+    names = [f"new/features/cplearn-blobs-seed0-cplearn-blobs-{kind}.npz" for kind in ("untrained", "trained")]
+    assert [before["saved"], after["saved"]] == names == sorted(map(str, Path("new/features").iterdir()))[::-1]
+    saved = np.load(names[1])
+    arrays = {"features", "embedding", "codes", "labels"}
+    assert set(saved) == {f"{split}_{name}" for split in ("train", "test") for name in arrays} | {"checkpoint"}
+    assert str(saved["checkpoint"]) == str(one_run)
+
+    state = torch.load(one_run / "last.pt", weights_only=True)
+    net = torch.nn.Sequential(*(layer for i in range(3) for layer in (torch.nn.LazyLinear(64), torch.nn.ReLU())))[:-1]
+    net(torch.ones(1, 2))
+    net.load_state_dict(state["backbone"])
+    (points, labels), (test_points, test_labels) = (common.draw_toy("blobs", n, s) for n, s in ((1500, 0), (600, 1)))
+    head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)).eval()
+    head.load_state_dict({k.removeprefix("head."): v for k, v in state["model"].items() if k.startswith("head.")})
+    codes = common.load_method("cplearn").draw_codes("rademacher", 16, 64, 0).float()
+    for split, x, y in (("train", points, labels), ("test", test_points, test_labels)):
+        with torch.no_grad():
+            features = net((x - points.mean(0)) / points.std(0))
+            embedding = torch.nn.functional.normalize(head(features)) * math.sqrt(16 / 128)
+        torch.testing.assert_close(torch.from_numpy(saved[f"{split}_features"]), features)
+        torch.testing.assert_close(torch.from_numpy(saved[f"{split}_embedding"]), embedding)
+        assert saved[f"{split}_codes"].tolist() == (embedding @ codes).argmax(1).tolist()
+        assert saved[f"{split}_labels"].tolist() == y.tolist()
+    assert not np.array_equal(saved["train_features"], np.load(names[0])["train_features"])
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    assert evaluate.linear_probe(*(torch.from_numpy(saved[name]) for name in names)) == after["linear"]
+
+
+def test_each_image_is_seen_once(run, one_run, monkeypatch):
+    seen, normalise = [], common.Data.normalise
+    monkeypatch.setattr(common.Data, "normalise", lambda self, x: seen.append(len(x)) or normalise(self, x))
+    assert run("evaluate", one_run, "--save-features", "f", "--device", "cpu").code == 0
+    assert sum(seen) == 1500 + 600
+
+
+def test_saved_features_never_overwrite_one_another(run, one_run):
+    for name in ("a", "b"):
+        shutil.copytree(one_run, Path(name, "run"))
+    shutil.copy(one_run / "last.pt", "run.pt")
+    checkpoints = ["a/run", "b/run/last.pt", "run.pt"]
+    rows = json.loads(run("evaluate", *checkpoints, "--json", "--save-features", "f", "--device", "cpu").out)
+    names = [f"f/run-cplearn-blobs-trained{number}.npz" for number in ("", "-2", "-3")]
+    assert [row["saved"] for row in rows] == names
+    assert [str(np.load(name)["checkpoint"]) for name in names] == checkpoints
+    written = [Path(name).read_bytes() for name in names]
+    assert "'f/run-cplearn-blobs-trained.npz' exists already" in run("evaluate", "b/run", "--save-features", "f").error
+    assert [Path(name).read_bytes() for name in names] == written
+    # Other data are another name.
+    assert run("evaluate", "b/run", "--dataset", "moons", "--save-features", "f", "--device", "cpu").code == 0
+    assert Path("f/run-cplearn-moons-trained.npz").exists()
+
+
+def test_features_that_cannot_be_saved_are_refused_before_the_work(run, one_run, monkeypatch):
+    flags = [one_run, "--device", "cpu", "--save-features"]
+
+    def cut_short(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", cut_short)
+        assert "No space left" in run("evaluate", *flags, "full").error
+    assert not list(Path("full").glob("*.npz"))
+    monkeypatch.setattr(common, "load_data", lambda *_: pytest.fail("the work began"))
+    Path("file").touch()
+    for folder in ("file", "file/below", "/proc"):  # in /proc nobody can write, not even root
+        assert f"cannot write to --save-features {folder!r}" in run("evaluate", *flags, folder).error

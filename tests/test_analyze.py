@@ -1,0 +1,150 @@
+"""analyze.py: the report as a user gets it, its numbers against closed forms, and wrong input."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import METHODS, OWN, TINY
+from PIL import Image
+
+import common
+
+QUICK = ["--components", "5", "20", "--device", "cpu"]
+
+
+def read(folder):
+    numbers = json.loads(Path(folder, "report.json").read_text())
+    return numbers, np.load(Path(folder, "report.npz")), Path(folder, "report.html").read_text()
+
+
+@pytest.fixture
+def trained(run):
+    def call(*methods):
+        for method in methods:
+            assert run(method, *TINY, *OWN[method], "--epochs", "2").code == 0
+        return [f"runs/{method}-blobs-seed0" for method in methods]
+
+    return call
+
+
+def test_report_of_all_methods(run, trained):
+    result = run("analyze", *trained(*METHODS), "--out", "report", *QUICK)
+    assert result.code == 0, result.err
+    numbers, arrays, page = read("report")
+    assert list(numbers) == [f"{method}-blobs-seed0" for method in METHODS]
+    for label, entry in numbers.items():
+        assert entry["images"] == 600 and entry["epoch"] == 2
+        assert list(entry["diagnosis"]) == ["representation", "dimensional", "cluster", "intracluster"]
+        codes = {"cplearn": 64, "dino": 32, "swav": 32}.get(entry["method"])
+        assert entry["clusters"]["by"] == ("codes" if codes else "k-means")
+        assert entry["clusters"]["of"] == (codes or 3) >= entry["clusters"]["used"] >= 1
+        assert (entry["diagnosis"]["cluster"]["verdict"] == "no codes") == (codes is None)
+        # The spectrum in the file is the one the numbers are of.
+        sigma = np.sqrt(arrays[f"{label}/spectrum_embedding"])
+        share = sigma[sigma > 0] / sigma.sum()
+        assert entry["effective_rank"]["embedding"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+        assert list(entry["entropy"]["mixture"]) == ["5", "20"]
+        assert list(arrays[f"{label}/entropy_mixture"]) == list(entry["entropy"]["mixture"].values())
+        assert label in page
+    # One page with its pictures inside, which asks nothing of the network; each is a file too.
+    sources = re.findall(r'(?:src|href)="?([^" >]{1,30})', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|<script|@import|url\(", page)
+    names = {path.stem for path in Path("report").glob("*.png")}
+    shared = {"spectra", "entropy", "curves_linear", "curves_log", "tsne"}
+    assert names == shared | {f"{kind}-{label}" for label in numbers for kind in ("matrices", "nearest")}
+    for path in Path("report").glob("*.png"):
+        with Image.open(path) as image:
+            image.verify()
+            assert min(image.size) > 200
+
+
+def test_images_with_untrained_networks_and_fewer_images(run):
+    flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
+    flags += ["--batch-size", "500", "--projector-dim", "16"]
+    assert run("cplearn", *flags, "--c", "64", "--epochs", "1").code == 0
+    assert run("vicreg", *flags, "--epochs", "1").code == 0
+    paths = ["runs/cplearn-shapes-seed0/last.pt", "runs/vicreg-shapes-seed0"]
+    result = run("analyze", *paths, "--init", "--images", "100", "--out", "report", *QUICK)
+    assert result.code == 0, result.err
+    numbers, arrays, _ = read("report")
+    names = ["cplearn-shapes-seed0 (untrained)", "cplearn-shapes-seed0"]
+    assert list(numbers) == [*names, "vicreg-shapes-seed0 (untrained)", "vicreg-shapes-seed0"]
+    assert [entry["epoch"] for entry in numbers.values()] == [0, 1, 0, 1]
+    assert all(entry["images"] == 100 and len(arrays[f"{label}/labels"]) == 100 for label, entry in numbers.items())
+    log = [json.loads(line) for line in Path("runs/cplearn-shapes-seed0/log.jsonl").read_text().splitlines()[1:]]
+    # The log's figures are of other images, so nearly the same.
+    before, after = (numbers[name]["center_norm"] for name in names)
+    assert before == pytest.approx(log[0]["center_norm"], abs=0.1)
+    assert after == pytest.approx(log[1]["center_norm"], abs=0.1)
+
+
+def test_other_data_than_training(run, trained):
+    (path,) = trained("vicreg")
+    assert run("analyze", path, "--dataset", "moons", "--out", "report", *QUICK).code == 0
+    assert read("report")[0]["vicreg-blobs-seed0"]["dataset"] == "moons"
+
+
+def test_a_collapsed_network_gives_a_report_too(run, trained):
+    """All embeddings and features one vector: no division by zero on the way to the verdict, no NaN in the JSON."""
+    (path,) = trained("simsiam")
+    state = torch.load(Path(path, "last.pt"), weights_only=True)
+    state["model"] = {name: torch.zeros_like(value) for name, value in state["model"].items()}
+    Path("dead").mkdir()
+    torch.save(state, "dead/last.pt")  # without a log beside it
+    result = run("analyze", "dead", "--out", "report", *QUICK)
+    assert result.code == 0, result.err
+    (entry,) = read("report")[0].values()
+    assert entry["diagnosis"]["representation"]["verdict"] == "collapsed"
+    assert entry["effective_rank"] == {"embedding": 0, "features": 0} and entry["power_law"]["features"] is None
+    assert "NaN" not in Path("report/report.json").read_text()
+    assert not Path("report/curves_linear.png").exists()
+
+
+def test_codes_are_quasi_orthogonal(run):
+    """Eq. 5: mean 0 and variance 1 / f of the cosines, whatever c; Hadamard codes are orthogonal."""
+    assert run("analyze", "--codes", "64", "64", "2048", "--out", "report").code == 0
+    numbers, arrays, _ = read("report")
+    assert [entry["c"] for entry in numbers] == [64, 2048]
+    for entry in numbers:
+        pairs = entry["c"] * (entry["c"] - 1) / 2
+        assert abs(entry["rademacher"]["mean"]) < 4 / (64 * pairs) ** 0.5
+        assert entry["rademacher"]["variance"] == pytest.approx(1 / 64, rel=6 * (2 / pairs) ** 0.5)
+    assert numbers[0]["hadamard"] == {"mean": 0, "variance": 0} and "hadamard" not in numbers[1]
+    codes = common.load_method("cplearn").draw_codes("rademacher", 64, 2048, 0).double().numpy()
+    cosines = (codes.T @ codes / 64)[~np.eye(2048, dtype=bool)]
+    counts, _ = np.histogram(cosines, np.arange(-65, 67, 2) / 64)
+    np.testing.assert_allclose(arrays["rademacher_2048"], counts / counts.sum(), atol=1e-12)
+
+
+def test_bad_input_is_one_line(run, trained, tmp_path):
+    (path,) = trained("byol")
+    out = ["--out", "report"]
+    assert "no checkpoint at 'nowhere'" in run("analyze", "nowhere", *out).error
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint at" in run("analyze", "empty", *out).error
+    whole = (tmp_path / path / "last.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    assert "damaged or not a checkpoint" in run("analyze", path, "half.pt", *out).error
+    state = torch.load(tmp_path / path / "last.pt", weights_only=True)
+    torch.save(state | {"method": "magic"}, tmp_path / "unknown.pt")
+    assert "no methods/magic.py" in run("analyze", "unknown.pt", *out).error
+    assert "cannot read --dataset shapes" in run("analyze", path, "--dataset", "shapes", *out).error
+    assert "either checkpoints or --codes" in run("analyze", *out).error
+    assert "either checkpoints or --codes" in run("analyze", path, "--codes", "8", "8", *out).error
+    assert "--codes wants" in run("analyze", "--codes", "8", *out).error
+    assert "--out" in run("analyze", path).error
+    assert not Path("report").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot write to 'file'" in run("analyze", path, "--out", "file").error
+
+
+def test_data_that_is_not_there_leaves_no_half_report(run):
+    flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
+    assert run("simclr", *flags, "--batch-size", "500", "--projector-dim", "16", "--epochs", "1").code == 0
+    result = run("analyze", "runs/simclr-shapes-seed0", "--dataset", "folder", "--data-dir", "gone", "--out", "report")
+    assert "no images under 'gone'" in result.error
+    assert not Path("report").exists()

@@ -1,0 +1,195 @@
+"""The theory of "Collapse-Proof Non-Contrastive Self-Supervised Learning" (Sansone, Lebailly and Tuytelaars, ICML 2025)
+without training: Lemma 1 (minima), Theorem 1 (embeddings), Corollaries 1 to 3 and Eq. 5 (random codes).
+
+All of it holds as printed but for these, each with a test below:
+- Lemma 1: n (q_j - eps) / (1 - c eps) must be whole numbers. With fewer images than codes Eq. 3 is out of reach.
+- Lemma 1: eps <= p <= 1 - eps (c - 1) is assumed, and Eq. 1 does not enforce it. Codes without their mean, as long as
+  Theorem 1's embeddings, are surer of their code and cost less than Eq. 3. (Appendix D calls the loss convex in P; its
+  entropy is concave, which is why the minima are extrema all the same.)
+- Corollary 2: H^T H = I is the second moment. The covariance, about the mean, has rank f - 1.
+- Eq. 5: the variance 1/f is that of two different codes; a code's cosine with itself is always 1.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+
+EPS = 1e-8
+
+
+def eq2(p1, p2, q, beta):
+    """Eq. 2 of probabilities p1, p2 (n rows of c) and prior q (c), term by term."""
+    n, c = len(p1), len(q)
+    loss = 0.0
+    for i in range(n):
+        for j in range(c):
+            loss -= beta / n * p1[i][j] * math.log(p2[i][j])
+    for j in range(c):
+        loss -= q[j] * math.log(sum(p1[i][j] for i in range(n)) / n)
+    return loss
+
+
+def eq3(q, beta, eps):
+    """The bound of Eq. 3, whose last term is the entropy of q."""
+    top = 1 - eps * (len(q) - 1)
+    return -beta * (top * math.log(top) + (1 - top) * math.log(eps)) - sum(x * math.log(x) for x in q)
+
+
+def hard(counts, eps):
+    """Extrema: counts[j] images on code j, with probability 1 - eps (c - 1), eps for every other code."""
+    c = len(counts)
+    p = np.full((sum(counts), c), eps)
+    p[np.arange(len(p)), np.repeat(np.arange(c), counts)] = 1 - eps * (c - 1)
+    return p
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0, 10.0])
+@pytest.mark.parametrize("counts", [(4, 4, 4), (2, 2, 2, 2), (6, 4, 2)])
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_lemma_1_minimum_is_eq_3(counts, beta, eps):
+    """Hard invariant assignments with |I_max(j)| = n (q_j - eps) / (1 - c eps) reach the bound; random probabilities of
+    the Lemma's box, of every sharpness, equal or not in both views, never fall below it."""
+    n, c = sum(counts), len(counts)
+    q = [eps + (1 - c * eps) * m / n for m in counts]
+    bound, p = eq3(q, beta, eps), hard(counts, eps)
+    assert eq2(p, p, q, beta) == pytest.approx(bound, rel=1e-12)
+    rng = np.random.default_rng(0)
+    for concentration in np.logspace(-3, 2, 60):
+        p1, p2 = eps + (1 - c * eps) * rng.dirichlet([concentration] * c, (2, n))
+        for first, second in ((p1, p1), (p1, p2), (p, p1), (p1, p)):
+            assert eq2(first, second, q, beta) > bound
+
+
+def test_lemma_1_each_condition_is_needed():
+    eps, q, p = 0.01, [1 / 3] * 3, hard((3, 3, 3), 0.01)
+    bound = eq3(q, 1.0, eps)
+    assert eq2(p, np.roll(p, 1, axis=1), q, 1.0) > bound + 1  # views disagree
+    soft = 0.9 * p + 0.1 / 3
+    assert soft.mean(0) == pytest.approx(q) and eq2(soft, soft, q, 1.0) > bound + 0.1  # not extreme
+    # The prior is matched by |I_max(j)| = n / c and by no other of the 55 hard assignments.
+    for counts in itertools.product(range(10), repeat=3):
+        if sum(counts) == 9:
+            p = hard(counts, eps)
+            assert (eq2(p, p, q, 1.0) > bound + 0.01) == (counts != (3, 3, 3))
+    # Nor by any of two images on three codes: one code is left with eps.
+    p = hard((1, 1, 0), EPS)
+    assert eq2(p, p, q, 1.0) == pytest.approx(-(2 * math.log(0.5) + math.log(EPS)) / 3, abs=1e-6)
+    assert eq2(p, p, q, 1.0) > eq3(q, 1.0, EPS) + 5
+
+
+# --- the loss itself, and the embeddings of Theorem 1
+
+
+def temperature(n, f, c):
+    """Eq. 1's."""
+    return f / (math.sqrt(n) * math.log((1 - EPS * (c - 1)) / EPS))
+
+
+def hadamard(methods, c):
+    """As many orthogonal codes as dimensions: W^T W = f I with c = f."""
+    return methods["cplearn"].draw_codes("hadamard", c, c, seed=0).double().numpy()
+
+
+def loss_of(methods, h1, h2, w, beta):
+    h1, h2, codes = (torch.from_numpy(x) for x in (h1, h2, w))
+    tau = temperature(len(h1), *codes.shape)
+    return methods["cplearn"].loss_fn(h1, h2, codes, tau=tau, beta=beta, prior="cross-entropy")["loss"].item()
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0])
+@pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (12, 4)])
+def test_loss_of_aligned_codes_is_eq_3(methods, n, c, beta):
+    w, q = hadamard(methods, c), [1 / c] * c
+    h = np.repeat(w.T, n // c, axis=0) / math.sqrt(n)
+    assert loss_of(methods, h, h, w, beta) == pytest.approx(eq3(q, beta, EPS), rel=1e-12)
+    # Anywhere it is Eq. 2, averaged over which view comes first.
+    h1, h2 = np.random.default_rng(0).normal(size=(2, n, c)) / math.sqrt(n)
+    p1, p2 = (softmax(h @ w / temperature(n, c, c), axis=1) for h in (h1, h2))
+    expected = (eq2(p1, p2, q, beta) + eq2(p2, p1, q, beta)) / 2
+    assert loss_of(methods, h1, h2, w, beta) == pytest.approx(expected, rel=1e-12)
+
+
+def test_eq_1_reaches_below_eq_3(methods):
+    """The logits of codes without their mean, scaled to the norm sqrt(f/n), are sqrt(c / (c - 1)) times further apart,
+    which gives Eq. 3 of a smaller eps; the more codes, the less it matters."""
+    n, c = 48, 16
+    w, q = hadamard(methods, c), [1 / c] * c
+    centered = w.T - w.mean(1)
+    h = np.repeat(centered / np.linalg.norm(centered, axis=1, keepdims=True), n // c, axis=0) * math.sqrt(c / n)
+    smaller = 1 / (c - 1 + ((1 - EPS * (c - 1)) / EPS) ** math.sqrt(c / (c - 1)))
+    loss = loss_of(methods, h, h, w, 1.0)
+    assert loss == pytest.approx(eq3(q, 1.0, smaller), rel=1e-12) and loss < eq3(q, 1.0, EPS) - 1e-6
+
+
+def sure_embeddings(w, j, n):
+    """The two alphas of Theorem 1, the smaller first, and their embeddings, found without Eq. 4: softmax(h W / tau) = p
+    means h = W (log p + t) tau / f for some t, and the norm sqrt(f/n) is a quadratic equation in t."""
+    f, c = w.shape
+    p = np.where(np.arange(c) == j, 1 - EPS * (c - 1), EPS)
+
+    def h(t):
+        return w @ (np.log(p) + t) * temperature(n, f, c) / f
+
+    t = np.array([-1.0, 0.0, 1.0]) - math.log(EPS)  # near the roots, where the fit keeps its digits
+    roots = np.roots(np.polyfit(t, [h(x) @ h(x) - f / n for x in t], 2))
+    embeddings = sorted((h(x) for x in roots), key=lambda h: h @ w[:, j])
+    return [h @ w[:, j] / f for h in embeddings], embeddings
+
+
+@pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (7, 4)])
+def test_theorem_1(methods, n, c):
+    w, j = hadamard(methods, c), 2
+
+    def eq4(alpha):
+        return alpha * w[:, j] + (alpha - 1 / math.sqrt(n)) * (w.sum(1) - w[:, j])
+
+    low, high = (1 - 2 / c) / math.sqrt(n), 1 / math.sqrt(n)
+    alphas, embeddings = sure_embeddings(w, j, n)
+    assert alphas == pytest.approx([low, high], rel=1e-9)
+    for alpha, h in zip((low, high), embeddings, strict=True):
+        assert eq4(alpha) == pytest.approx(h, abs=1e-9)
+        assert eq4(alpha) @ eq4(alpha) == pytest.approx(c / n)
+        p = softmax(eq4(alpha) @ w / temperature(n, c, c))
+        assert p == pytest.approx(np.where(np.arange(c) == j, 1 - EPS * (c - 1), EPS), rel=1e-10)
+    # Other alphas, between and around, give other norms.
+    assert all(eq4(alpha) @ eq4(alpha) < c / n * (1 - 1e-3 / c) for alpha in np.linspace(low, high, 12)[1:-1])
+    assert all(eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c) for alpha in (-high, 0.9 * low, 1.1 * high))
+
+
+def test_corollary_1(methods):
+    """The gap between the two alphas is 2 / (c sqrt n); that between the embeddings closes only as 2 / sqrt c."""
+    n = 100
+    for c in (4, 16, 64, 256, 1024):
+        w = hadamard(methods, c)
+        (low, high), (spurious, aligned) = sure_embeddings(w, 1, n)
+        assert high - low == pytest.approx(2 / (c * math.sqrt(n)), rel=1e-6)
+        assert aligned == pytest.approx(w[:, 1] / math.sqrt(n), abs=1e-8)
+        gap = np.linalg.norm(spurious - aligned) / np.linalg.norm(aligned)
+        assert gap == pytest.approx(2 / math.sqrt(c), rel=1e-6)
+
+
+@pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (12, 4)])
+def test_corollaries_2_and_3(methods, n, c):
+    h = np.repeat(hadamard(methods, c).T, n // c, axis=0) / math.sqrt(n)
+    assert h.T @ h == pytest.approx(np.eye(c), abs=1e-12)
+    assert h @ h.T == pytest.approx(np.kron(np.eye(c), np.full((n // c, n // c), c / n)), abs=1e-12)
+    assert np.linalg.matrix_rank(np.cov(h.T)) == c - 1
+
+
+@pytest.mark.parametrize("f", [50, 100])
+def test_eq_5(methods, f):
+    """Two Rademacher codes have a cosine of mean 0 and variance 1/f. The cosines of different pairs are independent two
+    by two, and a square's variance is 2 (f - 1) / f^3, so both standard errors are known."""
+    c = 16384
+    w = methods["cplearn"].draw_codes("rademacher", f, c, seed=0).double().numpy()
+    assert ((w * w).sum(0) == f).all()
+    # Sums over all ordered pairs, from f × f matrices, less the c cosines of 1 of a code with itself.
+    pairs = c * (c - 1)
+    mean = ((w.sum(1) ** 2).sum() / f - c) / pairs
+    square = (((w @ w.T) ** 2).sum() / f**2 - c) / pairs
+    assert abs(mean) < 4 * math.sqrt(2 / (f * pairs))
+    assert abs(square - mean**2 - 1 / f) < 4 * math.sqrt(4 * (f - 1) / (f**3 * pairs))
