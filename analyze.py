@@ -8,7 +8,7 @@ the arrays behind the curves as report.npz.
 
 diagnosis   the four collapses of "Collapse-Proof Non-Contrastive Self-Supervised Learning", each a number in [0, 1],
             below its threshold means collapse; `diagnose` in common.py defines them
-spectra     eigenvalues of the covariance of embeddings and features, each as a share of their sum (Figure 6a there)
+spectra     eigenvalues of the covariance of embeddings and features over their mean squared norm (Figure 6a there)
 entropy     of Gaussian mixtures of more and more components fitted to the embeddings, by 10,000 draws (Figure 6b);
             lower where they huddle in clusters. In nats per dimension, of embeddings scaled to a mean variance of 1
 matrices    correlation of the embedding's dimensions, and cosines of the images sorted by cluster (Figure 4)
@@ -90,6 +90,7 @@ def measure(model, data, components, bar):
     }
     bar.update()
     arrays = {f"spectrum_{name}": spectrum.cpu().numpy() for name, spectrum in spectra.items()}
+    arrays |= {f"square_{name}": out[name].square().sum(1).mean().cpu().numpy() for name in spectra}
     arrays |= {"entropy_components": np.array(list(mixtures)), "entropy_mixture": np.array(list(mixtures.values()))}
     arrays |= {"clusters": clusters, "labels": data.test_labels.cpu().numpy()}
     pictures = {"features": features.cpu().numpy(), "embedding": embedding.cpu(), "clusters": clusters}
@@ -144,14 +145,12 @@ def draw_spectra(arrays):
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for ax, name in zip(axes, ("embedding", "features"), strict=True):
         for i, (label, a) in enumerate(arrays.items()):
-            spectrum = a[f"spectrum_{name}"]
-            total = spectrum.sum()
-            share = spectrum / total if total > 0 else np.full_like(spectrum, np.nan)
+            share = a[f"spectrum_{name}"] / max(a[f"square_{name}"], 1e-300)
             # Below a ten-millionth of the first is float32's rounding, not the network.
             share = np.where(share > 1e-7 * share[:1], share, np.nan)
             ax.plot(np.arange(1, len(share) + 1), share, label=label, **style(i))
         ax.set(title=name, xlabel="rank of the eigenvalue", yscale="log")
-    axes[0].set_ylabel("eigenvalue of the covariance, share of the sum")
+    axes[0].set_ylabel("eigenvalue of the covariance / mean square")
     legend(axes[0], arrays)
     return figure
 
@@ -180,7 +179,7 @@ def draw_matrices(label, picture):
     correlation = torch.nn.functional.normalize(centered, dim=0)[:, dims]
     directions = torch.nn.functional.normalize(z[some], dim=1)
     matrices = correlation.T @ correlation, directions @ directions.T
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.7))
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.4))
     names = ("dimension of the embedding", "correlation"), ("image, sorted by cluster", "cosine")
     figure.suptitle(label)
     for ax, matrix, (what, measure) in zip(axes, matrices, names, strict=True):
@@ -321,11 +320,13 @@ def draw_codes(f, sizes):
 # --- the report
 
 CAPTIONS = {
-    "spectra": "Spectra of the covariance. A curve that falls early has few directions left: dimensional collapse. "
+    "spectra": "Spectra of the covariance over the mean squared norm. A curve that falls early has few directions "
+    "left: dimensional collapse. One that starts low varies little about its mean: representation collapse. "
     "Eigenvalues below float32's rounding, a ten-millionth of the largest, are not drawn.",
     "entropy": "Entropy of Gaussian mixtures with diagonal covariance fitted to the embeddings, by 10,000 draws. It "
     "falls where embeddings huddle in clusters: intracluster collapse. Mixtures of more components than half the "
-    "images are left out; each variance has a floor of a thousandth of the mean variance.",
+    "images are left out; each variance has a floor of a thousandth of the mean variance. Embeddings are scaled to "
+    "variance 1: of nearly equal ones this sees the little in which they differ.",
     "curves_linear": "What training logged; epoch 0 is the untrained network.",
     "curves_log": "The same over logarithmic epochs, without epoch 0; values too where they span more than a factor "
     "of 3.",

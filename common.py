@@ -875,7 +875,7 @@ def _spread(images, limit):
 
 def collapse_metrics(model, data):
     """The figures shown while training, of up to 1000 un-augmented training images (under 2 % of an epoch)."""
-    some = _spread(data.images, max(2, min(1000, len(data.images) // 10)))
+    some = _spread(data.images, min(1000, max(150, len(data.images) // 20)))
     out = extract(model, data.images[some], data)
     z = out["embedding"]
     metrics = {
