@@ -56,12 +56,14 @@ plt.rcParams.update({
 # --- numbers
 
 
-def measure(model, data, components, bar):
-    """All of one model in eval mode on the test images: the numbers, as a dict for JSON; the arrays behind its curves;
-    and what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest clusters, `nearest`,
+def measure(path, model, data, components, bar):
+    """All of a checkpoint's model on the test images: the numbers, as a dict for JSON; the arrays behind its curves; and
+    what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest clusters, `nearest`,
     {cluster: indices of the images nearest to it}."""
     out = common.extract(model, data.test_images, data)
     features, embedding = out["features"], out["embedding"]
+    if not (features.isfinite().all() and embedding.isfinite().all()):
+        common.fail(f"the network in {str(path)!r} gives features that are not finite numbers; train it again")
     n, d = embedding.shape
     spectra = {name: common.covariance_spectrum(out[name]) for name in ("embedding", "features")}
     scaled = common.unit_variance(embedding)
@@ -506,7 +508,7 @@ def main():
             images, test_labels = data.test_images[some], data.test_labels[some]
             loaded = {key: dataclasses.replace(data, test_images=images, test_labels=test_labels)}
         data = loaded[key]
-        entry, arrays[label], pictures[label] = measure(model, data, options.components, bar)
+        entry, arrays[label], pictures[label] = measure(path, model, data, options.components, bar)
         about = {"method": state["method"], "dataset": args.dataset, "epoch": state["epoch"] if trained else 0}
         numbers[label], classes[label] = about | entry, data.classes
         if trained and (log := read_log(path)):

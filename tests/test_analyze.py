@@ -102,6 +102,10 @@ def test_a_collapsed_network_gives_a_report_too(run, trained):
     assert entry["effective_rank"] == {"embedding": 0, "features": 0} and entry["power_law"]["features"] is None
     assert "NaN" not in Path("report/report.json").read_text()
     assert not Path("report/curves_linear.png").exists()
+    state["model"] = {name: value.float() * torch.nan for name, value in state["model"].items()}
+    torch.save(state, "dead/last.pt")
+    assert "not finite" in run("analyze", "dead", "--out", "other", *QUICK).error
+    assert not Path("other").exists()
 
 
 def test_codes_are_quasi_orthogonal(run):

@@ -79,6 +79,20 @@ def test_more_codes_than_images():
         assert report["number"] == pytest.approx(math.log(used) / math.log(1000)) and report["verdict"] == verdict
 
 
+def test_rare_codes_hardly_count():
+    """All 64 codes in use, but 937 of 1000 images on one of them: exp(entropy) is 1.7 codes."""
+    codes = torch.arange(1000).clamp_max(63)
+    report = common.diagnose(embeddings(1000, 16, "")[0], codes, 64)["cluster"]
+    entropy = -(0.937 * math.log(0.937) + 63 * 0.001 * math.log(0.001))
+    assert report["number"] == pytest.approx(entropy / math.log(64)) and report["verdict"] == "collapsed"
+
+
+def test_an_outlier_is_no_cluster():
+    z = embeddings(1000, 16, "")[0]
+    z[0] = 1e3
+    assert common.diagnose(z)["intracluster"]["verdict"] == "ok"
+
+
 def test_cluster_gap_closed_forms():
     """On a line the ratios r_k / r_{k+1} are U^(1/k), independent, so P(min > t) = Π (1 - t^k), a half at t = 0.36."""
     line = torch.rand(10_000, 1, generator=common.generator(0), dtype=torch.float64)
