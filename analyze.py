@@ -57,9 +57,9 @@ plt.rcParams.update({
 
 
 def measure(path, model, data, components, bar):
-    """All of a checkpoint's model on the test images: the numbers, as a dict for JSON; the arrays behind its curves; and
-    what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest clusters, `nearest`,
-    {cluster: indices of the images nearest to it}."""
+    """All of a checkpoint's model on the test images: numbers, as a dict for JSON; the arrays behind its curves; and
+    what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest of them, `nearest`, the
+    indices of the images nearest to each."""
     out = common.extract(model, data.test_images, data)
     features, embedding = out["features"], out["embedding"]
     if not (features.isfinite().all() and embedding.isfinite().all()):
