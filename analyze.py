@@ -95,7 +95,7 @@ def measure(path, model, data, components, bar):
     arrays |= {f"square_{name}": out[name].square().sum(1).mean().cpu().numpy() for name in spectra}
     arrays |= {"entropy_components": np.array(list(mixtures)), "entropy_mixture": np.array(list(mixtures.values()))}
     arrays |= {"clusters": clusters, "labels": data.test_labels.cpu().numpy()}
-    pictures = {"features": features.cpu().numpy(), "embedding": embedding.cpu(), "clusters": clusters}
+    pictures = {"features": features.cpu(), "embedding": embedding.cpu(), "clusters": clusters}
     return numbers, arrays, pictures | {"nearest": nearest}
 
 
@@ -174,19 +174,19 @@ def draw_entropy(arrays):
 def draw_matrices(label, picture):
     """Correlations of up to 512 dimensions, and cosines of up to 512 images in the order of their clusters."""
     z = picture["embedding"].double()
-    some = torch.arange(min(512, len(z))) * len(z) // min(512, len(z))
+    some = common.spread(z, 512)
     some = some[np.argsort(picture["clusters"][some], kind="stable")]
-    dims = torch.arange(min(512, z.shape[1])) * z.shape[1] // min(512, z.shape[1])
-    centered = z - z.mean(0)
-    correlation = torch.nn.functional.normalize(centered, dim=0)[:, dims]
+    correlation = torch.nn.functional.normalize(z - z.mean(0), dim=0)[:, common.spread(z.T, 512)]
     directions = torch.nn.functional.normalize(z[some], dim=1)
-    matrices = correlation.T @ correlation, directions @ directions.T
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.4))
-    names = ("dimension of the embedding", "correlation"), ("image, sorted by cluster", "cosine")
     figure.suptitle(label)
-    for ax, matrix, (what, measure) in zip(axes, matrices, names, strict=True):
+    for ax, matrix, what, whole, measure in (
+        (axes[0], correlation.T @ correlation, "dimension of the embedding", z.shape[1], "correlation"),
+        (axes[1], directions @ directions.T, "image, sorted by cluster", len(z), "cosine"),
+    ):
         ax.grid(False)
         shown = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        what += f" ({len(matrix)} of {whole})" if len(matrix) < whole else ""
         ax.set(xlabel=what, ylabel=what)
         figure.colorbar(shown, ax=ax, label=measure, shrink=0.8)
     return figure
@@ -231,9 +231,8 @@ def draw_tsne(pictures, arrays, classes):
     for ax in axes.flat[len(pictures) :]:
         ax.remove()
     for ax, (label, picture) in zip(axes.flat, pictures.items(), strict=False):
-        features, labels = picture["features"], arrays[label]["labels"]
-        some = np.arange(min(2000, len(features))) * len(features) // min(2000, len(features))
-        features, labels = features[some], labels[some]
+        some = common.spread(picture["features"], 2000)
+        features, labels = picture["features"][some].numpy(), arrays[label]["labels"][some]
         ax.set(title=label, xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
         if len(some) < 4 or np.ptp(features, 0).max() == 0:
@@ -503,8 +502,7 @@ def main():
         key = (args.dataset, args.data_dir, args.image_size)
         if key not in loaded:
             data = common.load_data(args, device)
-            some = torch.arange(min(options.images, len(data.test_labels))) * len(data.test_labels)
-            some = (some // min(options.images, len(data.test_labels))).to(data.test_images.device)
+            some = common.spread(data.test_images, options.images)
             images, test_labels = data.test_images[some], data.test_labels[some]
             loaded = {key: dataclasses.replace(data, test_images=images, test_labels=test_labels)}
         data = loaded[key]

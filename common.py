@@ -757,7 +757,7 @@ def cluster_gap(z, queries=1000):
     dimensions; clusters whose points are 20 times closer to one another than to the rest have 0.05. It needs no
     assignments, so that it works for every method; 0 where all points are one."""
     z = _exact(z)
-    some = _spread(z, queries)
+    some = spread(z, queries)
     distance = torch.cdist(z[some], z)
     distance[torch.arange(len(some), device=z.device), some] = -1  # the point itself comes first
     distance = distance.sort(1).values[:, 1 : max(3, int(0.9 * len(z)))]
@@ -867,7 +867,7 @@ def extract(model, images, data, batch_size=500):
     return out if scores is None else out | {"clusters": scores.shape[1]}
 
 
-def _spread(images, limit):
+def spread(images, limit):
     """Indices of at most `limit` images, evenly over the set, which may be sorted by class."""
     n = len(images)
     return torch.arange(min(limit, n), device=images.device) * n // min(limit, n)
@@ -875,7 +875,7 @@ def _spread(images, limit):
 
 def collapse_metrics(model, data):
     """The figures shown while training, of up to 1000 un-augmented training images (under 2 % of an epoch)."""
-    some = _spread(data.images, min(1000, max(150, len(data.images) // 20)))
+    some = spread(data.images, min(1000, max(150, len(data.images) // 20)))
     out = extract(model, data.images[some], data)
     z = out["embedding"]
     metrics = {
@@ -892,7 +892,7 @@ def knn_monitor(model, data):
     """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images, evenly spread over the sets."""
     features, labels = [], []
     for images, label, limit in ((data.images, data.labels, 5_000), (data.test_images, data.test_labels, 2_000)):
-        some = _spread(images, limit)
+        some = spread(images, limit)
         features.append(extract(model, images[some], data)["features"])
         labels.append(label[some])
     return knn_accuracy(features[0], labels[0], features[1], labels[1])

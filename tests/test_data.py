@@ -142,7 +142,7 @@ def test_shapes_are_ten_balanced_classes_and_the_same_every_time():
     assert not any(image.numpy().tobytes() in seen for image in data.test_images)
     assert load(dataset="shapes", image_size=48).images.shape[-1] == 48
     # The few images that the training monitor takes are of all classes.
-    assert len(set(data.labels[common._spread(data.images, 500)].tolist())) == 10
+    assert len(set(data.labels[common.spread(data.images, 500)].tolist())) == 10
 
 
 @pytest.mark.parametrize("name", ["blobs", "moons"])
