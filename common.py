@@ -790,7 +790,7 @@ def diagnose(z, codes=None, clusters=None):
         "intracluster": cluster_gap(z) if rank else 0.0,
     }
     if codes is not None:
-        use = torch.bincount(codes).double() / n
+        use = torch.bincount(codes.cpu()).double() / n
         numbers["cluster"] = torch.special.entr(use).sum().item() / math.log(max(2, min(n, clusters)))
     point = numbers["representation"] < 0.1
     report = {}
