@@ -164,8 +164,8 @@ def test_dino_needs_centering_and_sharpening(train):
     The live setting is one of few found: at the default temperature and momentum the toy ends at entropy log c too."""
     own = ["--prototypes", "32", "--momentum", "0.99", "--lr", "0.003"]
     alive = train("dino", *own, "--teacher-temperature", "0.02", epochs=60)
-    one_code = train("dino", *own, "--teacher-temperature", "0.02", "--no-centering", epochs=60)
-    uniform = train("dino", *own, "--teacher-temperature", "1", epochs=60)
+    one_code = train("dino", *own, "--teacher-temperature", "0.02", "--no-centering", seeds=SEEDS[:2], epochs=60)
+    uniform = train("dino", *own, "--teacher-temperature", "1", seeds=SEEDS[:2], epochs=60)
     assert 0.1 < alive["entropy"] < 0.95 * math.log(32) and alive["used_codes"] >= 2 and alive["divergence"] > 0.02
     assert one_code["entropy"] < 0.01 and one_code["used_codes"] == 1
     assert uniform["entropy"] > 0.999 * math.log(32) and uniform["divergence"] < 0.001
@@ -177,7 +177,7 @@ def test_dino_needs_centering_and_sharpening(train):
 def test_byol_needs_its_predictor_more_than_its_momentum(train):
     """Figure 7 has a center norm that rises as the momentum falls. On the toy it does not; without a predictor on top
     it rises to 1."""
-    norms = [train("byol", "--momentum", m)["center_norm"] for m in ("0", "0.9", "0.99")]
+    norms = [train("byol", "--momentum", m)["center_norm"] for m in ("0", "0.99")]
     assert max(norms) - min(norms) < 0.15 and max(norms) < 0.8
     dead = train("byol", "--momentum", "0", "--no-predictor")
     assert dead["center_norm"] > 0.9 and dead["named"] == {"representation"}

@@ -70,15 +70,15 @@ def test_sections_names_and_length(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_flag_is_used_and_explained(name, methods):
+def test_every_flag_is_used_and_explained(name, methods, run):
     own = [flag for flag in methods[name].DEFAULTS if flag not in common.SHARED]
     for flag in own:
         assert re.search(rf"args\.{flag}\b", SOURCE[name]), f"--{flag} is read nowhere"
-    command = [sys.executable, str(ROOT / "methods" / f"{name}.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = run(name, "--help")
+    assert result.code == 0
     for flag in (*own, *common.SHARED):
-        assert "--" + flag.replace("_", "-") in text
-    assert methods[name].__doc__.strip().splitlines()[0] in text
+        assert "--" + flag.replace("_", "-") in result.out
+    assert methods[name].__doc__.strip().splitlines()[0] in result.out
 
 
 @pytest.mark.parametrize("name", METHODS)
