@@ -1,13 +1,15 @@
 """Center vector: make views agree and keep the mean of all embeddings, the center vector, short.
 
-    loss = ½ [ mean_i ||z1_i - z2_i||² + center_weight ||s||² ],  s = mean of all normalised z                  (Eq. 32)
+    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all normalised z                     (Eq. 32)
 
 What prevents collapse: ||s||², the mean inner product of all pairs, which agreement alone drives to 1, where all
-embeddings are equal. `--center-weight 0` takes it away. The paper sees this push behind every other method.
+embeddings are equal. At weight 1 what is left of both is minus half the trace of the covariance between the views, so
+that one point for all is the worst of all. `--center-weight 0` takes the penalty away.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, which is smooth (`--penalty norm`:
-the norm). The paper gives no network, optimizer or sizes.
+the norm). Of the two distances that the paper calls equivalent this is the one whose gradient is its Eq. 4; the squared
+distance, -2 times it, wants weight 2 (at 1 it collapsed on CIFAR-10). The paper gives no network, optimizer or sizes.
 Run: python methods/center_vector.py
 """
 
@@ -40,9 +42,9 @@ VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to 
 
 
 def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
-    """Eq. 32 for two views' embeddings (n, d), as scalars `loss`, `invariance` and `center`."""
+    """Eq. 32 for two views' embeddings (n, d), as scalars `loss`, `invariance` (minus cosine) and `center`."""
     z1, z2 = (nn.functional.normalize(common.gather(z), dim=1) for z in (z1, z2))
-    invariance = (z1 - z2).square().sum(1).mean()
+    invariance = -(z1 * z2).sum(1).mean()
     center = torch.cat([z1, z2]).mean(0).square().sum()
     center = center if penalty == "squared" else center.sqrt()
     return {"loss": (invariance + center_weight * center) / 2, "invariance": invariance, "center": center}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import OWN, TINY
@@ -509,7 +510,7 @@ def test_whitened_covariance_is_the_identity(methods):
 def test_center_vector_is_its_equation(methods, n, penalty):
     z1, z2 = random_views(n, 4)
     u = [[z[i] / z[i].norm() for i in range(n)] for z in (z1, z2)]
-    invariance = sum((u[0][i] - u[1][i]).square().sum() for i in range(n)) / n
+    invariance = -sum(u[0][i] @ u[1][i] for i in range(n)) / n
     # The squared norm of the mean is the mean inner product of all pairs.
     everything = u[0] + u[1]
     center = sum(a @ b for a in everything for b in everything) / (2 * n) ** 2
@@ -521,8 +522,18 @@ def test_center_vector_is_its_equation(methods, n, penalty):
 
 def test_center_vector_of_one_direction_and_of_opposites(methods):
     z = torch.tensor([[3.0, 0.0], [5.0, 0.0]], dtype=F64)
-    assert methods["center_vector"].loss_fn(z, z)["center"].item() == pytest.approx(1)
+    terms = methods["center_vector"].loss_fn(z, z)
+    assert terms["center"].item() == pytest.approx(1) and terms["loss"].item() == pytest.approx(0)
     z = torch.tensor([[3.0, 0.0], [-5.0, 0.0]], dtype=F64, requires_grad=True)
     loss = methods["center_vector"].loss_fn(z, z)["loss"]
     loss.backward()
-    assert loss.item() == pytest.approx(0) and z.grad.isfinite().all()
+    assert loss.item() == pytest.approx(-0.5) and z.grad.isfinite().all()
+
+
+def test_center_vector_at_weight_1_is_the_covariance_between_views(methods):
+    """-½ tr Cov(u1, u2), plus an eighth of the squared distance of the views' means, which vanishes with their number."""
+    z1, z2 = random_views(50, 6)
+    u1, u2 = (torch.nn.functional.normalize(z, dim=1).detach() for z in (z1, z2))
+    covariance = np.cov(u1.numpy(), u2.numpy(), rowvar=False, bias=True)[:6, 6:]
+    expected = -np.trace(covariance) / 2 + (u1.mean(0) - u2.mean(0)).square().sum().item() / 8
+    assert methods["center_vector"].loss_fn(z1, z2)["loss"].item() == pytest.approx(expected)
