@@ -531,7 +531,7 @@ def test_center_vector_of_one_direction_and_of_opposites(methods):
 
 
 def test_center_vector_at_weight_1_is_the_covariance_between_views(methods):
-    """-½ tr Cov(u1, u2), plus an eighth of the squared distance of the views' means, which vanishes with their number."""
+    """-½ tr Cov(u1, u2), plus an eighth of the squared distance of the views' means, which many images bring to 0."""
     z1, z2 = random_views(50, 6)
     u1, u2 = (torch.nn.functional.normalize(z, dim=1).detach() for z in (z1, z2))
     covariance = np.cov(u1.numpy(), u2.numpy(), rowvar=False, bias=True)[:6, 6:]
