@@ -256,7 +256,8 @@ def draw_nearest(label, picture, data):
     images = data.test_images.cpu().numpy()
     if images.ndim == 2:
         figure, ax = plt.subplots(figsize=(4.4, 3.6))
-        ax.scatter(*images.T, s=4, color="lightgray", linewidths=0, label="other")
+        if len(set(picture["clusters"].tolist())) > len(picture["nearest"]):
+            ax.scatter(*images.T, s=4, color="lightgray", linewidths=0, label="other")
         for i, cluster in enumerate(picture["nearest"]):
             ax.scatter(*images[picture["clusters"] == cluster].T, s=4, color=LINES[i], linewidths=0, label=f"{cluster}")
         ax.set(title=label, xlabel="first coordinate", ylabel="second coordinate")
