@@ -503,6 +503,8 @@ def main():
         key = (args.dataset, args.data_dir, args.image_size)
         if key not in loaded:
             data = common.load_data(args, device)
+            if len(data.test_labels) < 4:
+                common.fail(f"the analysis needs at least 4 test images, and --dataset {args.dataset} has fewer")
             some = common.spread(data.test_images, options.images)
             images, test_labels = data.test_images[some], data.test_labels[some]
             loaded = {key: dataclasses.replace(data, test_images=images, test_labels=test_labels)}
@@ -515,7 +517,9 @@ def main():
         figures[f"matrices-{label}"] = draw_matrices(label, pictures[label]), f"{label}. {CAPTIONS['matrices']}"
         figures[f"nearest-{label}"] = draw_nearest(label, pictures[label], data), f"{label}. {CAPTIONS['nearest']}"
     bar.close()
-    shared = {"spectra": draw_spectra(arrays), "entropy": draw_entropy(arrays)}
+    shared = {"spectra": draw_spectra(arrays)}
+    if any(entry["entropy"]["mixture"] for entry in numbers.values()):  # few images allow none
+        shared["entropy"] = draw_entropy(arrays)
     if logs:
         methods = {label: numbers[label]["method"] for label in logs}
         shared |= {f"curves_{scale}": draw_curves(logs, methods, scale) for scale in ("linear", "log")}

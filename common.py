@@ -779,9 +779,12 @@ def diagnose(z, codes=None, clusters=None):
 
     No more dimensions than n - 1 and no more clusters than n are asked for. Where all embeddings are one vector there
     are no dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse,
-    which is assignment to few of the prototypes, is undefined: verdict "no codes", number None.
+    which is assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for
+    fewer than four embeddings.
     """
     n, d = z.shape
+    if n < 4:
+        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
     rank = effective_rank(z)
     numbers = {
         "representation": 1 - center_norm(z) ** 2 if rank else 0.0,

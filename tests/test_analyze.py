@@ -147,6 +147,35 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     assert "cannot write to 'file'" in run("analyze", path, "--out", "file").error
 
 
+def test_few_images_of_one_class(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 10), ("val", 5)):
+        (tmp_path / "images" / split / "only").mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / split / "only" / f"{i}.png")
+    flags = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        "images",
+        "--image-size",
+        "8",
+        "--backbone",
+        "resnet8",
+        "--width",
+        "8",
+    ]
+    assert run("cplearn", *flags, "--c", "16", "--projector-dim", "8", "--batch-size", "5", "--epochs", "1").code == 0
+    result = run("analyze", "runs/cplearn-folder-seed0", "--out", "report", *QUICK)
+    assert result.code == 0, result.err
+    (entry,) = read("report")[0].values()
+    assert entry["images"] == 5 and entry["entropy"]["mixture"] == {}
+    for i in range(2):
+        (tmp_path / "images" / "val" / "only" / f"{i}.png").unlink()
+    assert "at least 4 test images" in run("analyze", "runs/cplearn-folder-seed0", "--out", "other", *QUICK).error
+
+
 def test_data_that_is_not_there_leaves_no_half_report(run):
     flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
     assert run("simclr", *flags, "--batch-size", "500", "--projector-dim", "16", "--epochs", "1").code == 0

@@ -99,6 +99,12 @@ def test_an_outlier_is_no_cluster():
     assert common.diagnose(z)["intracluster"]["verdict"] == "ok"
 
 
+def test_too_few_embeddings():
+    with pytest.raises(ValueError, match="at least 4"):
+        common.diagnose(torch.ones(3, 2))
+    assert common.diagnose(torch.eye(4))["intracluster"]["number"] == pytest.approx(1)
+
+
 def test_cluster_gap_closed_forms():
     """On a line the ratios r_k / r_{k+1} are U^(1/k), independent, so P(min > t) = Π (1 - t^k), a half at t = 0.36."""
     line = torch.rand(10_000, 1, generator=common.generator(0), dtype=torch.float64)
