@@ -772,7 +772,7 @@ def diagnose(z, codes=None, clusters=None):
 
     Each number is in [0, 1], and below its threshold the mode has collapsed:
 
-    representation  1 - center_norm², the variance of the directions; 0.1 means a center vector of 0.95
+    representation  1 - center_norm², the variance of the directions; 0.2 means a center vector of 0.89
     dimensional     log(effective rank) / log(dimensions); 0.5: the effective rank is the root of what could be
     cluster         log(effective codes) / log(clusters), effective = exp of the entropy of their use; 0.5 likewise
     intracluster    `cluster_gap`; 0.05: most points are 20 times closer to their own cluster than to the next
@@ -795,10 +795,10 @@ def diagnose(z, codes=None, clusters=None):
     if codes is not None:
         use = torch.bincount(codes.cpu()).double() / n
         numbers["cluster"] = torch.special.entr(use).sum().item() / math.log(max(2, min(n, clusters)))
-    point = numbers["representation"] < 0.1
+    point = numbers["representation"] < 0.2
     report = {}
     for mode, number in numbers.items():
-        threshold = {"representation": 0.1, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}[mode]
+        threshold = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}[mode]
         if point and mode != "representation":
             verdict = "implied"
         elif number is None:
