@@ -1,7 +1,7 @@
 """Did it collapse, and how? Collapse modes, spectra, entropies and pictures of one or several checkpoints.
 
-    python analyze.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0 --out report
-    python analyze.py --codes 128 128 16384 --out report        a dictionary of codes alone, no checkpoint
+    python analyze.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0
+    python analyze.py --codes 128 128 16384 --out codes        a dictionary of codes alone, no checkpoint
 
 DIR/report.html holds it all and opens in any browser; beside it are the pictures as PNG, the numbers as report.json and
 the arrays behind the curves as report.npz.
@@ -147,7 +147,7 @@ def draw_spectra(arrays):
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for ax, name in zip(axes, ("embedding", "features"), strict=True):
         for i, (label, a) in enumerate(arrays.items()):
-            share = a[f"spectrum_{name}"] / max(a[f"square_{name}"], 1e-300)
+            share = a[f"spectrum_{name}"] / max(float(a[f"square_{name}"]), 1e-300)
             # Below a ten-millionth of the first is float32's rounding, not the network.
             share = np.where(share > 1e-7 * share[:1], share, np.nan)
             ax.plot(np.arange(1, len(share) + 1), share, label=label, **style(i))
@@ -445,7 +445,7 @@ def main():
     parser.add_argument(
         "checkpoints", nargs="*", metavar="CHECKPOINT", help="a last.pt or the run folder that holds it"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the report; files in it are replaced")
+    parser.add_argument("--out", default="report", metavar="DIR", help="folder for it, files are overwritten [report]")
     parser.add_argument("--init", action="store_true", help="also analyze each network as it was before training")
     parser.add_argument(
         "--codes", nargs="+", type=int, metavar="N", help="f c [c ...]: dimensions, then numbers of codes"
@@ -528,6 +528,9 @@ def main():
     figures = {re.sub(r"[^\w.-]+", "-", name).strip("-"): figure for name, figure in figures.items()}
     flat = {f"{label}/{name}": array for label, a in arrays.items() for name, array in a.items()}
     write_report(folder, "Collapse report", tables(numbers), numbers, flat, shared | figures)
+    for label, entry in numbers.items():
+        named = [f"{k} ({r['number']:.2f})" for k, r in entry["diagnosis"].items() if r["verdict"] == "collapsed"]
+        print(f"{label}: {', '.join(named) + ' collapse' if named else 'no collapse'}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ def test_report(run, trained):
     numbers, arrays, page = read("report")
     assert list(numbers) == [f"{method}-blobs-seed0" for method in methods]
     for label, entry in numbers.items():
+        (line,) = [line for line in result.out.splitlines() if line.startswith(f"{label}: ")]
+        for mode, verdict in entry["diagnosis"].items():
+            assert (verdict["verdict"] == "collapsed") == (f"{mode} (" in line)
+    for label, entry in numbers.items():
         assert entry["images"] == 600 and entry["epoch"] == 2
         assert list(entry["diagnosis"]) == ["representation", "dimensional", "cluster", "intracluster"]
         codes = {"cplearn": 64, "dino": 32, "swav": 32}.get(entry["method"])
@@ -100,6 +104,7 @@ def test_a_collapsed_network_gives_a_report_too(run, trained):
     assert result.code == 0, result.err
     (entry,) = read("report")[0].values()
     assert entry["diagnosis"]["representation"]["verdict"] == "collapsed"
+    assert "dead: representation (0.00) collapse" in result.out
     assert entry["effective_rank"] == {"embedding": 0, "features": 0} and entry["power_law"]["features"] is None
     assert "NaN" not in Path("report/report.json").read_text()
     assert not Path("report/curves_linear.png").exists()
@@ -141,7 +146,6 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     assert "either checkpoints or --codes" in run("analyze", *out).error
     assert "either checkpoints or --codes" in run("analyze", path, "--codes", "8", "8", *out).error
     assert "--codes wants" in run("analyze", "--codes", "8", *out).error
-    assert "--out" in run("analyze", path).error
     assert not Path("report").exists()
     (tmp_path / "file").write_text("")
     assert "cannot write to 'file'" in run("analyze", path, "--out", "file").error
