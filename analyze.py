@@ -486,12 +486,15 @@ def main():
 
     paths = [Path(path) for path in options.checkpoints]
     states = [common.load_checkpoint(path) for path in paths]
+    labels, datasets = labels_of(paths), []
     for state in states:  # what is wrong with the last one should not show after the work on the first
-        common.args_on(state, options.dataset, options.data_dir)
+        datasets.append(common.args_on(state, options.dataset, options.data_dir).dataset)
         common.load_method(state["method"])
+    if len(set(datasets)) > 1:
+        labels = [f"{label} on {dataset}" for label, dataset in zip(labels, datasets, strict=True)]
     jobs = [
         (path, label + ("" if trained else " (untrained)"), state, trained)
-        for path, label, state in zip(paths, labels_of(paths), states, strict=True)
+        for path, label, state in zip(paths, labels, states, strict=True)
         for trained in ([False, True] if options.init else [True])
     ]
     numbers, arrays, pictures, classes, logs, figures, loaded = {}, {}, {}, {}, {}, {}, {}

@@ -91,6 +91,9 @@ def test_other_data_than_training(run, trained):
     (path,) = trained("vicreg")
     assert run("analyze", path, "--dataset", "moons", "--out", "report", *QUICK).code == 0
     assert read("report")[0]["vicreg-blobs-seed0"]["dataset"] == "moons"
+    assert run("vicreg", *TINY, "--dataset", "moons", "--epochs", "1").code == 0
+    assert run("analyze", path, "runs/vicreg-moons-seed0", "--out", "both", *QUICK).code == 0
+    assert list(read("both")[0]) == ["vicreg-blobs-seed0 on blobs", "vicreg-moons-seed0 on moons"]
 
 
 def test_a_collapsed_network_gives_a_report_too(run, trained):
