@@ -55,8 +55,10 @@ def loss_fn(h1, h2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
     """
     n, c, h = common.world_size() * len(h1), codes.shape[1], torch.cat([h1, h2]) / tau
     leaf, blocks = h.detach().requires_grad_(), codes.split(block, 1)
-    lse = torch.stack([(h.detach() @ w.to(h)).logsumexp(1) for w in blocks]).logsumexp(0).requires_grad_()
-    invariance, matching, slope = 0, 0, 0
+    lse = torch.full((len(h),), -math.inf).to(h)
+    for w in blocks:
+        lse = lse.logaddexp((h.detach() @ w.to(h)).logsumexp(1))
+    lse, slope, invariance, matching = lse.requires_grad_(), torch.zeros_like(h), 0, 0
     for w in (w.to(h) for w in blocks):
         with torch.enable_grad():
             log_p = (leaf @ w - lse[:, None]).view(2, len(h1), -1)
@@ -70,7 +72,7 @@ def loss_fn(h1, h2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
                 gap = -log_mean.sum() / (2 * c)
             (beta * cross + gap).backward()
         invariance, matching = invariance + cross.detach(), matching + gap.detach()
-        slope = slope + p.detach().flatten(0, 1) @ w.T
+        slope.addmm_(p.detach().flatten(0, 1), w.T)
     # leaf.grad holds the log-sum-exp fixed; the chain rule adds its share, slope = d lse / d h.
     grad = leaf.grad + lse.grad[:, None] * slope
     invariance = common.gather(invariance[None]).sum()

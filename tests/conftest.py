@@ -43,6 +43,12 @@ class Result:
         return line
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(script, *flags) -> Result, in this process and in an empty folder; script is a method or one of TOOLS."""
