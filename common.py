@@ -782,6 +782,7 @@ def diagnose(z, codes=None, clusters=None):
     which is assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for
     fewer than four embeddings.
     """
+    thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}
     n, d = z.shape
     if n < 4:
         raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
@@ -795,17 +796,16 @@ def diagnose(z, codes=None, clusters=None):
     if codes is not None:
         use = torch.bincount(codes.cpu()).double() / n
         numbers["cluster"] = torch.special.entr(use).sum().item() / math.log(max(2, min(n, clusters)))
-    point = numbers["representation"] < 0.2
+    point = numbers["representation"] < thresholds["representation"]
     report = {}
     for mode, number in numbers.items():
-        threshold = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}[mode]
         if point and mode != "representation":
             verdict = "implied"
         elif number is None:
             verdict = "no codes"
         else:
-            verdict = "collapsed" if number < threshold else "ok"
-        report[mode] = {"number": number, "threshold": threshold, "verdict": verdict}
+            verdict = "collapsed" if number < thresholds[mode] else "ok"
+        report[mode] = {"number": number, "threshold": thresholds[mode], "verdict": verdict}
     return report
 
 

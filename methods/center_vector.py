@@ -9,7 +9,7 @@ that one point for all is the worst of all. `--center-weight 0` takes the penalt
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, which is smooth (`--penalty norm`:
 the norm). Of the two distances that the paper calls equivalent this is the one whose gradient is its Eq. 4; the squared
-distance, -2 times it, wants weight 2 (at 1 it collapsed on CIFAR-10). The paper gives no network, optimizer or sizes.
+one, 2 + 2 times it, wants weight 2 (at 1 it collapsed on CIFAR-10). The paper gives no network, optimizer or sizes.
 Run: python methods/center_vector.py
 """
 

@@ -129,3 +129,7 @@ if __name__ == "__main__":
     for (a, b), count in sorted(diffs().items(), key=lambda item: item[1]):
         print(f"{count:4}  {a} {b}")
     print(f"median {statistics.median(diffs().values()):.0f}, largest {max(diffs().values())}")
+    plain = [len(changed_lines(SOURCE[a], SOURCE[b])) for a, b in diffs()]
+    print(
+        f"as plain diff prints them, a changed line twice: median {statistics.median(plain):.0f}, largest {max(plain)}"
+    )
