@@ -278,7 +278,7 @@ def draw_nearest(label, picture, data):
 def draw_codes(f, sizes):
     """WᵀW / f of dictionaries of codes, Rademacher above Hadamard, and the histogram of its entries off the diagonal,
     with what chance gives: cos = (2 B - f) / f with B binomial, so mean 0 and variance 1 / f (Eq. 5)."""
-    draw = common.load_method("cplearn").draw_codes
+    draw = common.draw_codes
     figure, axes = plt.subplots(3, len(sizes), figsize=(2.9 * len(sizes) + 0.6, 8), squeeze=False)
     numbers, arrays = [], {}
     log_binomial = [math.lgamma(f + 1) - math.lgamma(b + 1) - math.lgamma(f - b + 1) for b in range(f + 1)]

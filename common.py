@@ -550,6 +550,19 @@ def frozen_copy(*modules):
     return copy.deepcopy(nn.Sequential(*modules)).requires_grad_(False)
 
 
+def draw_codes(kind, f, c, seed):
+    """A dictionary W (f, c) of entries ±1 as int8, drawn from the seed: "rademacher" draws each entry, "hadamard" takes
+    c orthogonal columns of Sylvester's matrix (f, f), whose entry (i, j) is -1 to the power of the number of ones that
+    i and j share in binary. Ends the program with one line where there is no such matrix."""
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "rademacher":
+        return 2 * torch.randint(2, (f, c), generator=rng, dtype=torch.int8) - 1
+    if f & (f - 1) or c > f:
+        fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
+    bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length()) & 1).float()
+    return 1 - 2 * (bits @ bits[torch.randperm(f, generator=rng)[:c]].T % 2).to(torch.int8)
+
+
 # --- collapse metrics
 
 
@@ -1040,23 +1053,28 @@ class Parser(argparse.ArgumentParser):
 def parse_args(file, doc, defaults):
     """The flags of a method script as a namespace, checked, with `method` named after the file.
 
-    `defaults` gives shared flags their value and the method's own flags a tuple (default, help[, choices]).
+    `defaults` gives shared flags their value and the method's own flags a tuple: default, help and, where there are
+    any, a list of choices or the least and the greatest value.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     shared, own = parser.add_argument_group("shared by all methods"), parser.add_argument_group("this method's")
     for name, (default, text, kind) in SHARED.items():
         _add_flag(shared, name, defaults.get(name, default), text, kind)
+    limits = {"image_size": [8], "width": [1], "epochs": [1], "batch_size": [2], "warmup_epochs": [0], "seed": [0],
+              "eval_every": [1], "save_every": [1], "lr": [0], "weight_decay": [0]}  # fmt: skip
     for name in defaults:
         if name not in SHARED:
-            default, text, *choices = defaults[name]
-            _add_flag(own, name, default, text, choices[0] if choices else type(default))
+            default, text, *rest = defaults[name]
+            choices = rest and isinstance(rest[0], list)
+            _add_flag(own, name, default, text, rest[0] if choices else type(default))
+            limits |= {} if choices or type(default) is bool else {name: rest}
     args = parser.parse_args()
     args.method = Path(file).stem
-    for name, least in {"image_size": 8, "width": 1, "epochs": 1, "batch_size": 2, "warmup_epochs": 0, "seed": 0,
-                        "eval_every": 1, "save_every": 1, "lr": 0, "weight_decay": 0}.items():  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name, (least, *most) in limits.items():
+        value, most = getattr(args, name), most[0] if most else sys.float_info.max
+        if value is not None and not least <= value <= most:
+            between = f"at least {least}" if most == sys.float_info.max else f"between {least} and {most}"
+            fail(f"--{name.replace('_', '-')} must be {between}, not {value}")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     args.image_size = args.image_size or (224 if args.dataset == "imagenet100" else 32)

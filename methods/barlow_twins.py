@@ -3,11 +3,10 @@
     C = Z1ᵀ Z2 / n with columns of Z1, Z2 standardised over the batch;  loss = Σ_i (1 - C_ii)² + lambda Σ_{i≠j} C_ij²
 
 What prevents collapse: a standardised column cannot shrink to a constant, and the off-diagonal terms (`redundancy`)
-keep one column from copying another. `--lambda-offdiag 0` takes these terms away.
+keep columns from being copies of each other. `--lambda-offdiag 0` takes these terms away.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021, Eqs. 1 and 2.
-Departs from the paper: lambda as in the authors' code (0.005 in the text); for small images Adam instead of LARS, a
-projector 2048 instead of 8192 wide, no blur below 64 pixels.
+Departs from the paper: lambda as in the authors' code (0.005 in the text), Adam, a projector 2048 instead of 8192 wide.
 Run: python methods/barlow_twins.py
 """
 
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -29,20 +29,19 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "lambda_offdiag": (0.0051, "weight of the off-diagonal terms; 0 leaves the invariance alone"),
+    "lambda_offdiag": (0.0051, "weight of the off-diagonal terms; 0 leaves the invariance alone", 0),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
 
 # --- the method
 
 
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 for two views' embeddings (n, d), as scalars `loss`, `invariance` and `redundancy`."""
-    z1, z2 = common.gather(z1), common.gather(z2)
     # Batch norm without parameters: variance over n, not n - 1, so that identical views have C_ii = 1.
-    z1, z2 = (nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    z1, z2 = (nn.functional.batch_norm(common.gather(z), None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
     redundancy = c.square().sum() - c.diagonal().square().sum()
@@ -54,15 +53,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-        )
+        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 3, nn.BatchNorm1d, bias=False)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
@@ -70,9 +61,10 @@ class Model(nn.Module):
         return {"z1": z1, "z2": z2, "lambda_offdiag": self.args.lambda_offdiag}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

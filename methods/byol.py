@@ -7,8 +7,7 @@ What prevents collapse: a predictor that chases a teacher without gradient that 
 the teacher the student of the step before, `--no-predictor` compares the projections themselves.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: Adam instead of LARS; the teacher starts as a copy of the student. As in the authors' code its
-batch norms use the batch, and only parameters are averaged.
+Departs from the paper: Adam instead of LARS. As in the authors' code only parameters are averaged, not batch norms.
 Run: python methods/byol.py
 """
 
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -30,12 +30,12 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "momentum": (0.99, "of the teacher at the start; rises to 1. 0: the teacher is the last step's student"),
+    "momentum": (0.99, "of the teacher at the start; rises to 1. 0: the teacher is the last step's student", 0, 1),
     "no_predictor": (False, "compare the projection itself with the teacher's"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
 
 # --- the method
 
@@ -53,40 +53,29 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, 256, bias=False),
-        )
-        self.predictor = nn.Sequential(
-            nn.Linear(256, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, 256, bias=False),
-        )
-        if args.no_predictor:
-            self.predictor = nn.Identity()
+        widths = [args.projector_dim, 256]
+        self.head = MLP(self.backbone.num_features, widths, nn.BatchNorm1d, bias=False)
+        self.predictor = nn.Identity() if args.no_predictor else MLP(256, widths, nn.BatchNorm1d, bias=False)
         self.teacher = common.frozen_copy(self.backbone, self.head)
 
     @torch.no_grad()
     def update_teacher(self, progress):
-        momentum = 1 - (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2
         student = nn.Sequential(self.backbone, self.head)
         for t, s in zip(self.teacher.parameters(), student.parameters(), strict=True):
-            t.lerp_(s, 1 - momentum)
+            t.lerp_(s, (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        p1, p2 = (self.predictor(self.head(self.backbone(x))).float() for x in (x1, x2))
+        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
         with torch.no_grad():
             t1, t2 = (self.teacher(x).float() for x in (x1, x2))
-        return {"p1": p1, "p2": p2, "t1": t1, "t2": t2}
+        return {"p1": self.predictor(z1).float(), "p2": self.predictor(z2).float(), "t1": t1, "t2": t2}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

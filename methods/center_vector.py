@@ -3,13 +3,12 @@
     loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all normalised z                     (Eq. 32)
 
 What prevents collapse: ||s||², the mean inner product of all pairs, which agreement alone drives to 1, where all
-embeddings are equal. At weight 1 what is left of both is minus half the trace of the covariance between the views, so
-that one point for all is the worst of all. `--center-weight 0` takes the penalty away.
+embeddings are equal. At weight 1 both together are minus half the trace of the covariance between the views, for which
+one point for all is worst. `--center-weight 0` takes the penalty away.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, which is smooth (`--penalty norm`:
-the norm). Of the two distances that the paper calls equivalent this is the one whose gradient is its Eq. 4; the squared
-one, 2 + 2 times it, wants weight 2 (at 1 it collapsed on CIFAR-10). The paper gives no network, optimizer or sizes.
+Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, or by flag its norm. The distance
+is minus the cosine, whose gradient is Eq. 4's; the squared one, 2 - 2 cos, wants weight 2, at 1 it collapsed on CIFAR.
 Run: python methods/center_vector.py
 """
 
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -31,12 +31,12 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "center_weight": (1.0, "weight of the penalty; 0 collapses"),
+    "center_weight": (1.0, "weight of the penalty; 0 collapses", 0),
     "penalty": ("squared", "norm: ||s||", ["squared", "norm"]),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
 
 # --- the method
 
@@ -55,15 +55,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim),
-        )
+        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 3, nn.BatchNorm1d, bias=False)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
@@ -71,9 +63,10 @@ class Model(nn.Module):
         return {"z1": z1, "z2": z2, "center_weight": self.args.center_weight, "penalty": self.args.penalty}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

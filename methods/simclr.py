@@ -2,8 +2,7 @@
 
     loss = -mean_i log( exp(sim(z_i, z_j(i)) / temperature) / Σ_{k≠i} exp(sim(z_i, z_k) / temperature) ),  sim = cosine
 
-What prevents collapse: the sum over the other images (`uniformity`) pushes embeddings apart. `--temperature` says
-how hard: a large one leaves almost no push and lets embeddings crowd together.
+What prevents collapse: `uniformity`, the sum, pushes all images apart, and the less the larger `--temperature` is.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020, Eq. 1.
 Departs from the paper: Adam instead of LARS, smaller batches. (The authors' code prints twice Eq. 1's mean.)
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -28,11 +28,11 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "temperature": (0.5, "of the similarities; the paper's best for CIFAR-10"),
+    "temperature": (0.5, "of the similarities; the paper's best for CIFAR-10", 0.001),
 }
-VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, changes to --augment strong
+VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, on top of --augment
 
 # --- the method
 
@@ -41,9 +41,8 @@ def loss_fn(z1, z2, *, temperature=0.5):
     """Eq. 1 for two views' embeddings (n, d), as scalars `loss`, `alignment` and `uniformity`."""
     n, z = len(common.gather(z1)), nn.functional.normalize(torch.cat([common.gather(z1), common.gather(z2)]), dim=1)
     similarity = z @ z.T / temperature
-    alignment = -torch.cat([similarity.diagonal(n), similarity.diagonal(-n)]).mean()
-    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
-    uniformity = similarity.masked_fill(itself, -math.inf).logsumexp(1).mean()
+    alignment = -similarity.diagonal(n).mean()
+    uniformity = similarity.fill_diagonal_(-math.inf).logsumexp(1).mean()
     return {"loss": alignment + uniformity, "alignment": alignment, "uniformity": uniformity}
 
 
@@ -52,13 +51,8 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, 128, bias=False),
-            nn.BatchNorm1d(128),
-        )
+        self.head = MLP(self.backbone.num_features, [args.projector_dim, 128], nn.BatchNorm1d, bias=False)
+        self.head.append(nn.BatchNorm1d(128))
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
@@ -66,9 +60,10 @@ class Model(nn.Module):
         return {"z1": z1, "z2": z2, "temperature": self.args.temperature}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -28,12 +29,12 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
     "no_predictor": (False, "compare z with z; collapses"),
     "no_stop_gradient": (False, "let the gradient into the target too; collapses"),
 }
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2  # per view, changes to --augment strong
+VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2  # per view, on top of --augment
 
 # --- the method
 
@@ -52,32 +53,22 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim, affine=False),
-        )
-        self.predictor = nn.Sequential(
-            nn.Linear(args.projector_dim, args.projector_dim // 4, bias=False),
-            nn.BatchNorm1d(args.projector_dim // 4),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim // 4, args.projector_dim),
-        )
-        if args.no_predictor:
-            self.predictor = nn.Identity()
+        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 2, nn.BatchNorm1d, bias=False)
+        self.head.append(nn.BatchNorm1d(args.projector_dim, affine=False))
+        widths = [args.projector_dim // 4, args.projector_dim]
+        self.predictor = nn.Identity() if args.no_predictor else MLP(args.projector_dim, widths, nn.BatchNorm1d)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        z1, z2 = (self.head(self.backbone(x)) for x in (x1, x2))
+        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
         p1, p2 = self.predictor(z1).float(), self.predictor(z2).float()
-        return {"p1": p1, "p2": p2, "z1": z1.float(), "z2": z2.float(), "stop_gradient": not self.args.no_stop_gradient}
+        return {"p1": p1, "p2": p2, "z1": z1, "z2": z2, "stop_gradient": not self.args.no_stop_gradient}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

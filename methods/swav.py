@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -29,35 +30,33 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "prototypes": (3000, "clusters C"),
-    "queue": (3840, "earlier embeddings that join the batch in Sinkhorn once there are so many; 0: none"),
+    "prototypes": (3000, "clusters C", 2),
+    "queue": (3840, "earlier embeddings that join the batch in Sinkhorn once there are so many; 0: none", 0),
     "no_sinkhorn": (False, "softmax instead of equal shares; collapses"),
     "freeze_prototypes": (False, "leave the prototypes as they were drawn"),
 }
-VIEWS = ({"scale": (0.2, 1)},) * 2  # per view, changes to --augment strong
+VIEWS = ({"scale": (0.2, 1)},) * 2  # per view, on top of --augment
 
 # --- the method
 
 
 @torch.no_grad()
 def sinkhorn(s, iterations=3, epsilon=0.05):
-    """Assignments (n, k) from scores (n, k): rows sum to 1, columns nearly to n / k. In log space nothing overflows."""
+    """Assignments from scores (..., n, k): rows sum to 1, columns nearly to n / k. In log space nothing overflows."""
     log_q = s / epsilon
     for _ in range(iterations):
-        log_q = log_q.log_softmax(0)
-        log_q = log_q.log_softmax(1)
-    return log_q.softmax(1)
+        log_q = log_q.log_softmax(-2).log_softmax(-1)
+    return log_q.softmax(-1)
 
 
-def loss_fn(s1, s2, queue1=None, queue2=None, *, iterations=3, temperature=0.1):
-    """Eq. 2 for two views' scores (n, k), Sinkhorn joined by the queues' (m, k): scalars `loss`, `loss12`, `loss21`."""
-    s1, s2 = common.gather(s1), common.gather(s2)
-    joined = ((s if queue is None else torch.cat([s, queue])).detach() for s, queue in ((s1, queue1), (s2, queue2)))
-    q1, q2 = (sinkhorn(s, iterations)[: len(s1)] for s in joined)
-    loss12 = -(q1 * (s2 / temperature).log_softmax(1)).sum(1).mean()
-    loss21 = -(q2 * (s1 / temperature).log_softmax(1)).sum(1).mean()
+def loss_fn(z1, z2, prototypes, queue, *, iterations=3, temperature=0.1):
+    """Eq. 2 for embeddings (n, d), unit prototypes (k, d) and queue (m, 2, d): scalars `loss`, `loss12`, `loss21`."""
+    s = common.gather(nn.functional.normalize(torch.stack([z1, z2], 1), dim=2) @ prototypes.T).transpose(0, 1)
+    earlier = (nn.functional.normalize(queue, dim=2) @ prototypes.T).transpose(0, 1)
+    q = sinkhorn(torch.cat([s, earlier], 1), iterations)[:, : s.shape[1]]
+    loss12, loss21 = -(q * (s.flip(0) / temperature).log_softmax(2)).sum(2).mean(1)
     return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
 
 
@@ -66,39 +65,26 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, 128),
-        )
+        self.head = MLP(self.backbone.num_features, [args.projector_dim, 128], nn.BatchNorm1d)
         self.prototypes = nn.Linear(128, args.prototypes, bias=False).requires_grad_(not args.freeze_prototypes)
-        self.register_buffer("queue", torch.zeros(2, args.queue, 128))
-        self.queue_full = False
-
-    def score(self, z):
-        with torch.autocast(z.device.type, enabled=False):  # a low temperature would magnify bfloat16's rounding
-            return self.prototypes(z)
+        self.register_buffer("queue", torch.zeros(args.queue, 2, 128))
+        self.full = False
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        with torch.no_grad():
-            self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
-        z1, z2 = (nn.functional.normalize(self.head(self.backbone(x)).float(), dim=1) for x in (x1, x2))
-        scores = {"s1": self.score(z1), "s2": self.score(z2), "iterations": 0 if self.args.no_sinkhorn else 3}
-        if self.args.queue:
-            self.queue_full = self.queue_full or bool(self.queue[0, -1].any())  # waits for the device only until full
-            if self.queue_full:
-                scores |= {"queue1": self.score(self.queue[0]), "queue2": self.score(self.queue[1])}
-            new = torch.stack([common.gather(z.detach()) for z in (z1, z2)])
-            self.queue = torch.cat([new, self.queue], 1)[:, : self.args.queue]
-        return scores
+        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
+        self.prototypes.weight.data = nn.functional.normalize(self.prototypes.weight.data, dim=1)
+        self.full = self.full or bool(self.queue.any(2).all())  # waits for the device only until full
+        queue = self.queue if self.full else self.queue[:0]
+        self.queue = torch.cat([common.gather(torch.stack([z1, z2], 1).detach()), self.queue])[: self.args.queue]
+        iterations = 0 if self.args.no_sinkhorn else 3
+        return {"z1": z1, "z2": z2, "prototypes": self.prototypes.weight, "queue": queue, "iterations": iterations}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features`, the `embedding` and its `scores` over the prototypes."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        z = nn.functional.normalize(self.head(h), dim=1)
-        return {"features": h, "embedding": z, "scores": self.prototypes(z)}
+        z = self.head(h)
+        return {"features": h, "embedding": z, "scores": self.prototypes(nn.functional.normalize(z, dim=1))}
 
 
 # --- training

@@ -7,8 +7,7 @@ What prevents collapse: `variance` keeps embeddings from shrinking to a point, `
 `--variance-weight 0` and `--covariance-weight 0` take them away.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: as in the authors' code `invariance` is a mean over dimensions too and `variance` over the views
-(`--sum-variance`: the sum, as printed); for small images Adam instead of LARS and a narrower expander.
+Departs from the paper: Adam, narrower; as in the authors' code `invariance` is divided by d too and `variance` by 2.
 Run: python methods/vicreg.py
 """
 
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -30,14 +30,14 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "invariance_weight": (25.0, "weight of the views' agreement"),
-    "variance_weight": (25.0, "weight of the variance term; 0: total collapse"),
-    "covariance_weight": (1.0, "weight of the covariance term; 0: dimensional collapse"),
+    "invariance_weight": (25.0, "weight of the views' agreement", 0),
+    "variance_weight": (25.0, "weight of the variance term; 0: total collapse", 0),
+    "covariance_weight": (1.0, "weight of the covariance term; 0: dimensional collapse", 0),
     "sum_variance": (False, "add the views' variance terms, the paper's form, instead of averaging them"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to --augment strong
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
 
 # --- the method
 
@@ -45,13 +45,10 @@ VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, changes to 
 def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
     """Eq. 6 for two views' embeddings (n, d), as scalars `loss`, `invariance`, `variance` and `covariance`."""
     z1, z2 = common.gather(z1), common.gather(z2)
-    n, d = z1.shape
     invariance = (z1 - z2).square().mean()
-    variance, covariance = 0, 0
-    for z in (z1, z2):
-        variance = variance + (1 - (z.var(0) + 1e-4).sqrt()).relu().mean() / (1 if sum_variance else 2)
-        c = (z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1)
-        covariance = covariance + (c.square().sum() - c.diagonal().square().sum()) / d
+    c1, c2 = torch.cov(z1.T), torch.cov(z2.T)
+    variance = sum((1 - (c.diagonal() + 1e-4).sqrt()).relu().mean() for c in (c1, c2)) / (1 if sum_variance else 2)
+    covariance = sum((c.square().sum() - c.diagonal().square().sum()) / len(c) for c in (c1, c2))
     loss = weights[0] * invariance + weights[1] * variance + weights[2] * covariance
     return {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
 
@@ -61,15 +58,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.projector_dim, bias=False),
-        )
+        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 3, nn.BatchNorm1d, bias=False)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
@@ -78,9 +67,10 @@ class Model(nn.Module):
         return {"z1": z1, "z2": z2, "weights": weights, "sum_variance": self.args.sum_variance}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

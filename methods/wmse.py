@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
@@ -28,41 +29,34 @@ DEFAULTS = {
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector"),
+    "projector_dim": (2048, "width of the projector", 4),
     # this method's
     "whitening": ("cholesky", "batchnorm: only variances; none: nothing", ["cholesky", "batchnorm", "none"]),
-    "embedding_dim": (64, "width of the whitened z; at most half of part_size"),
-    "part_size": (128, "images whitened together, a random part of the batch"),
-    "shrinkage": (0.0, "share of the identity in the covariance, if it comes out singular"),
+    "embedding_dim": (64, "width of the whitened z; at most half of part_size", 1),
+    "part_size": (128, "images whitened together, a random part of the batch", 2),
 }
-VIEWS = (
-    {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},
-) * 2  # per view, changes to --augment strong
+VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2  # per view, on top of --augment
 
 # --- the method
 
 
-def whiten(z, kind="cholesky", shrinkage=0.0):
+def whiten(z, kind="cholesky"):
     """z (parts, n, d) with mean 0 and, by Cholesky, covariance I (over n - 1) in each part; "batchnorm": variance 1."""
     z = z - z.mean(1, keepdim=True)
     if kind == "batchnorm":
         return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
-    covariance = (1 - shrinkage) * z.mT @ z / (z.shape[1] - 1) + shrinkage * torch.eye(z.shape[2]).to(z)
-    # A singular covariance gives NaN here, which stops the run, instead of a wait for the device's error at each step.
-    lower, singular = torch.linalg.cholesky_ex(covariance)
-    lower = lower.masked_fill(singular.view(-1, 1, 1) > 0, math.nan)
+    lower, singular = torch.linalg.cholesky_ex(z.mT @ z / (z.shape[1] - 1))
+    lower = lower.masked_fill(singular.view(-1, 1, 1) > 0, math.nan)  # which stops the run, an error for each step not
     return torch.linalg.solve_triangular(lower, z.mT, upper=False).mT
 
 
-def loss_fn(z1, z2, *, whitening="cholesky", part_size=128, shrinkage=0.0):
+def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
     """Eq. 3 for two views' embeddings (n, d), both with gradient, as scalars `loss` and `cosine`."""
     z1, z2 = common.gather(z1), common.gather(z2)
     if whitening != "none":
         # The same images in both views' parts; a remainder smaller than a part is left out.
-        order = torch.randperm(len(z1)).to(z1.device)
-        order = order[: max(1, len(z1) // part_size) * part_size]
-        parts = max(1, len(order) // part_size)
-        z1, z2 = (whiten(z[order].view(parts, -1, z.shape[1]), whitening, shrinkage).flatten(0, 1) for z in (z1, z2))
+        order = torch.randperm(len(z1)).unfold(0, min(part_size, len(z1)), part_size).to(z1.device)
+        z1, z2 = (whiten(z[order], whitening).flatten(0, 1) for z in (z1, z2))
     cosine = nn.functional.cosine_similarity(z1, z2).mean()
     return {"loss": 2 - 2 * cosine, "cosine": cosine}
 
@@ -73,26 +67,20 @@ class Model(nn.Module):
         self.args = args
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
-            common.fail(
-                f"--embedding-dim {args.embedding_dim} needs --part-size and --batch-size at least twice as large"
-            )
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, args.projector_dim, bias=False),
-            nn.BatchNorm1d(args.projector_dim),
-            nn.ReLU(),
-            nn.Linear(args.projector_dim, args.embedding_dim),
-        )
+            common.fail(f"--embedding-dim {args.embedding_dim} needs twice as large --part-size and --batch-size")
+        widths = [args.projector_dim, args.embedding_dim]
+        self.head = MLP(self.backbone.num_features, widths, nn.BatchNorm1d, bias=False)
 
     def forward(self, x1, x2):
         """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
         z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
-        settings = {"part_size": self.args.part_size, "shrinkage": self.args.shrinkage}
-        return {"z1": z1, "z2": z2, "whitening": self.args.whitening, **settings}
+        return {"z1": z1, "z2": z2, "whitening": self.args.whitening, "part_size": self.args.part_size}
 
     def embed(self, x):
-        """What evaluation asks for: the backbone's `features` and the `embedding` that the loss acts on."""
+        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
         h = self.backbone(x)
-        return {"features": h, "embedding": self.head(h)}
+        z = self.head(h)
+        return {"features": h, "embedding": z}
 
 
 # --- training

@@ -33,7 +33,7 @@ def inputs(n, f, c):
     rng = torch.Generator().manual_seed(0)
     h = [math.sqrt(f / n) * torch.nn.functional.normalize(torch.randn(n, f, generator=rng)) for _ in range(2)]
     h = [x.to(DEVICE).requires_grad_() for x in h]
-    return *h, cplearn.draw_codes("rademacher", f, c, 0).to(DEVICE), f / (math.sqrt(n) * math.log(1e8))
+    return *h, common.draw_codes("rademacher", f, c, 0).to(DEVICE), f / (math.sqrt(n) * math.log(1e8))
 
 
 def plain(h1, h2, codes, tau):

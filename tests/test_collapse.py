@@ -142,11 +142,10 @@ def test_wmse_needs_whitening(train):
 
 
 def test_wmse_of_a_singular_covariance_stops_the_run(run, tmp_path):
-    """More dimensions than the points span: one line instead of a factorisation's traceback; shrinkage goes on."""
+    """More dimensions than the points span: one line instead of a factorisation's traceback."""
     flags = [*TINY, "--epochs", "1", "--embedding-dim", "64", "--part-size", "128", "--width", "2"]
     result = run("wmse", *flags, "--out", "a")
     assert result.code == 1 and "nan" in result.err and len(result.err.strip().splitlines()) == 1
-    assert run("wmse", *flags, "--shrinkage", "0.1", "--out", "b").code == 0
 
 
 def test_swav_needs_sinkhorn_but_not_learned_prototypes(train):

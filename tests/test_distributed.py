@@ -15,15 +15,17 @@ import common
 # One call per method: loss_fn's arguments from two views' rows z1, z2 (n, 8) and whatever belongs to no row.
 CALLS = {
     "barlow_twins": lambda m, z1, z2: m.loss_fn(z1, z2),
-    "cplearn": lambda m, z1, z2: m.loss_fn(z1, z2, m.draw_codes("rademacher", 8, 40, 0), tau=0.5, beta=0.3, block=16),
+    "cplearn": lambda m, z1, z2: m.loss_fn(
+        z1, z2, common.draw_codes("rademacher", 8, 40, 0), tau=0.5, beta=0.3, block=16
+    ),
     "cplearn cross-entropy": lambda m, z1, z2: m.loss_fn(
-        z1, z2, m.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy"
+        z1, z2, common.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy"
     ),
     "simclr": lambda m, z1, z2: m.loss_fn(z1, z2, temperature=0.3),
     "simsiam": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
     "byol": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
     "dino": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3, torch.arange(8.0)),
-    "swav": lambda m, z1, z2: m.loss_fn(z1, z2),
+    "swav": lambda m, z1, z2: m.loss_fn(z1, z2, torch.eye(5, 8, dtype=z1.dtype), torch.ones(4, 2, 8).to(z1)),
     "vicreg": lambda m, z1, z2: m.loss_fn(z1 / 3, z2 / 3),
     "wmse": lambda m, z1, z2: (torch.manual_seed(0), m.loss_fn(z1[:, :2], z2[:, :2], part_size=6))[1],
     "center_vector": lambda m, z1, z2: m.loss_fn(z1, z2),
@@ -57,7 +59,7 @@ def batch_norm(share):
 
 
 def training(method):
-    return [*TINY, *OWN[method], "--epochs", "1", "--optimizer", "sgd", "--lr", "0.01"]
+    return [*TINY, *OWN[method], "--epochs", "1", "--optimizer", "sgd", "--lr", "0.001"]
 
 
 if __name__ == "__main__":
@@ -122,7 +124,7 @@ def test_training_run(method, run, two_folder, tmp_path):
     one, two = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in folders)
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
 def test_stopped_processes_resume(run, tmp_path):

@@ -211,13 +211,13 @@ def test_saved_features_are_those_of_the_network(run, one_run):
     net(torch.ones(1, 2))
     net.load_state_dict(state["backbone"])
     (points, labels), (test_points, test_labels) = (common.draw_toy("blobs", n, s) for n, s in ((1500, 0), (600, 1)))
-    head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)).eval()
+    head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Identity(), torch.nn.BatchNorm1d(16)).eval()
     head.load_state_dict({k.removeprefix("head."): v for k, v in state["model"].items() if k.startswith("head.")})
-    codes = common.load_method("cplearn").draw_codes("rademacher", 16, 64, 0).float()
+    codes = common.draw_codes("rademacher", 16, 64, 0).float()
     for split, x, y in (("train", points, labels), ("test", test_points, test_labels)):
         with torch.no_grad():
             features = net((x - points.mean(0)) / points.std(0))
-            embedding = torch.nn.functional.normalize(head(features)) * math.sqrt(16 / 128)
+            embedding = torch.nn.functional.normalize(head(features)) * math.sqrt(16)
         torch.testing.assert_close(torch.from_numpy(saved[f"{split}_features"]), features)
         torch.testing.assert_close(torch.from_numpy(saved[f"{split}_embedding"]), embedding)
         assert saved[f"{split}_codes"].tolist() == (embedding @ codes).argmax(1).tolist()

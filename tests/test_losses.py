@@ -114,7 +114,7 @@ def sphere(h, n):
 def test_cplearn_is_its_equation(methods, prior, n, f, c, beta, scale, identical):
     z1, z2 = random_views(n, f)
     h1, h2 = scale * sphere(z1, n), scale * sphere(z1 if identical else z2, n)
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=3)
+    codes = common.draw_codes("rademacher", f, c, seed=3)
     tau = temperature(n, f, c)
     terms = methods["cplearn"].loss_fn(h1, h2, codes, tau=tau, beta=beta, prior=prior, block=4)
     loss, invariance, matching = slow_cplearn(h1, h2, codes.to(F64), tau, beta, prior)
@@ -125,7 +125,7 @@ def test_cplearn_is_its_equation(methods, prior, n, f, c, beta, scale, identical
 
 def test_cplearn_gradient_is_the_finite_difference(methods):
     h1, h2 = random_views(3, 4)
-    codes = methods["cplearn"].draw_codes("rademacher", 4, 6, seed=0)
+    codes = common.draw_codes("rademacher", 4, 6, seed=0)
     for prior in ("reverse-kl", "cross-entropy"):
         assert torch.autograd.gradcheck(
             lambda a, b, p=prior: methods["cplearn"].loss_fn(a, b, codes, tau=0.7, beta=0.5, prior=p, block=4)["loss"],
@@ -138,7 +138,7 @@ def test_cplearn_of_aligned_codes_costs_log_c_over_n(methods, dtype):
     """n images each on a code of its own among c = 16384: invariance 0 and prior log(c / n), with no NaN for the codes
     that nobody uses, at Eq. 1's norm and at the released code's, sqrt(n) times larger."""
     n, f, c = 64, 512, 16384
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=0)
+    codes = common.draw_codes("rademacher", f, c, seed=0)
     tau = temperature(n, f, c)
     for norm, within in ((1 / math.sqrt(n), 1e-2), (1.0, 1e-5)):
         h = (codes[:, :n].T.to(dtype) * norm).requires_grad_()
@@ -154,7 +154,7 @@ def test_cplearn_of_aligned_codes_costs_log_c_over_n(methods, dtype):
 def test_cplearn_three_prices(methods):
     """Balanced hard codes cost log(c/n), the uniform assignment beta log(c), total collapse log(c)."""
     n, f, c, beta = 8, 64, 64, 0.25
-    codes = methods["cplearn"].draw_codes("hadamard", f, c, seed=0)
+    codes = common.draw_codes("hadamard", f, c, seed=0)
     corner = 40.0 * codes.T.to(F64) / f
 
     def price(h):
@@ -167,7 +167,7 @@ def test_cplearn_three_prices(methods):
 
 def test_cplearn_blocks_do_not_change_the_loss(methods):
     h1, h2 = random_views(5, 8)
-    codes = methods["cplearn"].draw_codes("rademacher", 8, 100, seed=0)
+    codes = common.draw_codes("rademacher", 8, 100, seed=0)
     values = [methods["cplearn"].loss_fn(h1, h2, codes, tau=0.5, block=b)["loss"] for b in (1, 7, 100, 1000)]
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-12, atol=0)
@@ -188,14 +188,14 @@ def test_cplearn_never_holds_an_n_by_c_matrix(methods):
 
     n, f, c = 32, 16, 20_000
     h1, h2 = random_views(n, f)
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=0)
+    codes = common.draw_codes("rademacher", f, c, seed=0)
     with Largest():
         methods["cplearn"].loss_fn(h1, h2, codes, tau=1.0, block=1000)["loss"].backward()
     assert 0 < largest <= 2 * n * 1000
 
 
 def test_cplearn_codes(methods):
-    draw = methods["cplearn"].draw_codes
+    draw = common.draw_codes
     w = draw("rademacher", 64, 5000, 0).double()
     assert set(w.unique().tolist()) == {-1.0, 1.0}
     assert torch.equal(w, draw("rademacher", 64, 5000, 0).double()) and not torch.equal(
@@ -209,8 +209,9 @@ def test_cplearn_codes(methods):
     assert torch.equal(h.T @ h, 64 * torch.eye(32, dtype=F64))
 
 
-def test_cplearn_activations(methods):
-    """At a corner of the hypercube tanh has Eq. 1's norm sqrt(f/n); unscaled it has sqrt(f)."""
+def test_cplearn_scores_are_those_of_eq_1(methods):
+    """H W / tau with Eq. 1's H = sqrt(f/n) l2norm(z) and its tau, n being the batch size in training, whatever batch
+    is scored; at a corner of the hypercube tanh(z) / sqrt(n) is as long; the authors' tanh is sqrt(n) sharper."""
     import argparse
 
     args = argparse.Namespace(
@@ -219,13 +220,15 @@ def test_cplearn_activations(methods):
     )  # fmt: skip
     norms = {}
     for args.activation in ("l2", "tanh", "tanh-unscaled"):
-        model = methods["cplearn"].Model(args)
-        norms[args.activation] = model.project(1e4 * torch.randn(3, 8)).norm(dim=1)
-    torch.testing.assert_close(norms["l2"], torch.full((3,), math.sqrt(16 / 64)))
+        model = methods["cplearn"].Model(args).eval()
+        out = model.embed(torch.randn(3, 2))
+        z = (out["features"] @ model.head[0].weight.T + model.head[0].bias).double().detach()
+        h = {"l2": math.sqrt(16 / 64) * z / z.norm(dim=1, keepdim=True), "tanh": z.tanh() / math.sqrt(64)}
+        h = h.get(args.activation, z.tanh())
+        expected = h @ model.codes.double() / temperature(64, 16, 32)
+        torch.testing.assert_close(out["scores"].double(), expected, rtol=1e-4, atol=1e-5)
+        norms[args.activation] = model.head(1e5 * torch.randn(3, 8)).norm(dim=1)
     torch.testing.assert_close(norms["tanh"], norms["l2"], rtol=1e-2, atol=0)
-    torch.testing.assert_close(norms["tanh-unscaled"], 8 * norms["tanh"])
-    # The temperature belongs to the training batch, whatever the batch it meets later.
-    assert model.tau == pytest.approx(temperature(64, 16, 32))
 
 
 # --- SimCLR
@@ -386,15 +389,22 @@ def slow_sinkhorn(s, iterations, epsilon):
 
 @pytest.mark.parametrize("n, k, m", [(6, 4, 0), (2, 3, 0), (4, 5, 8)])
 def test_swav_is_its_equation(methods, n, k, m):
-    s1, s2 = random_views(n, k)
-    queues = [q.detach() for q in random_views(m, k, seed=1)] if m else [None, None]
-    loss = 0
-    for s, queue, other in ((s1, queues[0], s2), (s2, queues[1], s1)):
-        joined = s.detach() if queue is None else torch.cat([s.detach(), queue])
-        q = slow_sinkhorn(joined, 3, 0.05)[:n]
+    z1, z2 = random_views(n, 5)
+    prototypes = torch.nn.functional.normalize(torch.randn(k, 5, dtype=F64), dim=1).requires_grad_()
+    queue = torch.randn(m, 2, 5, dtype=F64)
+    s1, s2 = (torch.stack([prototypes @ (z[i] / z[i].norm()) for i in range(n)]) for z in (z1, z2))
+    loss, terms = 0, methods["swav"].loss_fn(z1, z2, prototypes, queue)
+    for view, s, other in ((0, s1, s2), (1, s2, s1)):
+        earlier = [prototypes @ (z / z.norm()) for z in queue[:, view]]
+        q = slow_sinkhorn(torch.stack([*s, *earlier]).detach(), 3, 0.05)[:n]
         log_p = other / 0.1 - (other / 0.1).logsumexp(1, keepdim=True)
-        loss = loss - (q * log_p).sum() / (2 * n)
-    assert_same_value_and_gradient(methods["swav"].loss_fn(s1, s2, *queues)["loss"], loss, [s1, s2])
+        one_way = -(q * log_p).sum() / n
+        assert terms[("loss12", "loss21")[view]].item() == pytest.approx(one_way.item())
+        loss = loss + one_way / 2
+    assert_same_value_and_gradient(terms["loss"], loss, [z1, z2, prototypes])
+    q = (s2 / 0.05).softmax(1).detach()
+    softmax = methods["swav"].loss_fn(z1, z2, prototypes, queue, iterations=0)["loss21"]
+    torch.testing.assert_close(softmax, -(q * (s1 / 0.1).log_softmax(1)).sum() / n)
 
 
 def test_sinkhorn_marginals(methods):
@@ -404,17 +414,20 @@ def test_sinkhorn_marginals(methods):
     torch.testing.assert_close(q.sum(0), torch.full((12,), 60 / 12, dtype=F64), rtol=1e-4, atol=0)
     torch.testing.assert_close(methods["swav"].sinkhorn(s, iterations=0), (s / 0.05).softmax(1))
     assert methods["swav"].sinkhorn(1e3 * s.float()).isfinite().all()
+    both = methods["swav"].sinkhorn(torch.stack([s, 2 * s]))
+    torch.testing.assert_close(both[1], methods["swav"].sinkhorn(2 * s))
 
 
 def test_swav_queue_is_used_only_once_full(methods):
     model = build_model(methods, "swav", "--queue", "20").train()
-    used = []
+    used, earlier = [], []
     for _ in range(5):
         inputs = model(*torch.randn(2, 8, 2))
-        used.append("queue1" in inputs)
+        used.append(len(inputs["queue"]))
         torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(len(model.prototypes.weight)))
-    assert used == [False, False, False, True, True]
-    torch.testing.assert_close(inputs["queue1"], inputs["queue1"].detach())
+        earlier = [torch.stack([inputs["z1"], inputs["z2"]], 1).detach(), *earlier]
+    assert used == [0, 0, 0, 20, 20]
+    assert torch.equal(inputs["queue"], torch.cat(earlier[1:])[:20]) and not inputs["queue"].requires_grad
     assert model.prototypes.bias is None
 
 
