@@ -8,7 +8,7 @@ one point for all is worst. `--center-weight 0` takes the penalty away.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, or by flag its norm. The distance
-is minus the cosine, whose gradient is Eq. 4's; the squared one, 2 - 2 cos, wants weight 2, at 1 it collapsed on CIFAR.
+is minus the cosine, whose gradient is Eq. 4's; the squared one, 2 - 2 cos, wants weight 2 (at 1 it collapsed on CIFAR).
 Run: python methods/center_vector.py
 """
 

@@ -9,7 +9,7 @@ large beta drowns the prior: balanced hard codes cost log(c/n) if n < c, the uni
 log(c): less than the start if beta > 1 (Table 9's cliff). Below log(c/n) / log(c) soft codes are cheaper than hard.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: sqrt(n), which cancels, is left out of z and tau; the prior is Appendix N's, as the authors run.
+Departs from the paper: sqrt(n), which cancels, is left out of z and tau; the prior, over both views, is Appendix N's.
 Run: python methods/cplearn.py --c 16384
 """
 

@@ -63,7 +63,7 @@ class Model(nn.Module):
         self.args = args
         self.backbone = common.build_backbone(args)
         self.head = MLP(self.backbone.num_features, [args.projector_dim] * 2 + [256], activation_layer=nn.GELU)
-        self.prototypes = Prototypes(256, args.prototypes, bias=False)
+        self.prototypes = Prototypes(256, args.prototypes, bias=False)  # weight-normalised with gain 1, as cosines
         self.teacher = common.frozen_copy(self.backbone, self.head, self.prototypes)
         self.register_buffer("center", torch.zeros(args.prototypes))
 

@@ -2,7 +2,7 @@
 
     loss = -mean_i log( exp(sim(z_i, z_j(i)) / temperature) / Σ_{k≠i} exp(sim(z_i, z_k) / temperature) ),  sim = cosine
 
-What prevents collapse: `uniformity`, the sum, pushes all images apart, and the less the larger `--temperature` is.
+What prevents collapse: the sum over other images (`uniformity`) pushes all apart, the less the higher `--temperature`.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020, Eq. 1.
 Departs from the paper: Adam instead of LARS, smaller batches. (The authors' code prints twice Eq. 1's mean.)

@@ -7,7 +7,7 @@ What prevents collapse: `variance` keeps embeddings from shrinking to a point, `
 `--variance-weight 0` and `--covariance-weight 0` take them away.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam, narrower; as in the authors' code `invariance` is divided by d too and `variance` by 2.
+Departs from the paper: Adam, narrower expander; as in the authors' code `invariance` is over d too, `variance` halved.
 Run: python methods/vicreg.py
 """
 

@@ -46,7 +46,7 @@ def whiten(z, kind="cholesky"):
     if kind == "batchnorm":
         return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
     lower, singular = torch.linalg.cholesky_ex(z.mT @ z / (z.shape[1] - 1))
-    lower = lower.masked_fill(singular.view(-1, 1, 1) > 0, math.nan)  # which stops the run, an error for each step not
+    lower = lower.masked_fill(singular.view(-1, 1, 1) > 0, math.nan)  # NaN stops the run
     return torch.linalg.solve_triangular(lower, z.mT, upper=False).mT
 
 
