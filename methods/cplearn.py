@@ -66,7 +66,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
         (beta * part[0] + part[1]).backward()
         terms += part.detach()
         slope.addmm_(p.detach().flatten(0, 1), w.T)
-    # leaf.grad holds lse fixed, whose slope d lse / d z is added. The last term is zero, but has this gradient.
+    # leaf.grad takes lse as fixed; slope = d lse / d z adds its share. The last term is zero and has this gradient.
     loss = beta * terms[0] + terms[1] + ((leaf.grad + lse.grad[:, None] * slope) * (z - z.detach())).sum()
     return {"loss": loss, "invariance": terms[0], "prior": terms[1]}
 
@@ -76,7 +76,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = common.build_backbone(args)
-        f, n = args.projector_dim, args.batch_size if args.activation == "tanh-unscaled" else 1
+        f, n = args.projector_dim, args.batch_size if args.activation == "tanh-unscaled" else 1  # else n cancels out
         self.head = MLP(self.backbone.num_features, [f])
         self.head.append(nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(f))
         self.head.append(nn.RMSNorm(f, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh())

@@ -206,6 +206,23 @@ def test_bad_input_to_cplearn(flags, words, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "method, flags, words",
+    [
+        ("barlow_twins", ["--projector-dim", "0"], "--projector-dim must be at least 4, not 0"),
+        ("barlow_twins", ["--lambda-offdiag", "inf"], "--lambda-offdiag must be at least 0, not inf"),
+        ("byol", ["--momentum", "1.1"], "--momentum must be between 0 and 1, not 1.1"),
+        ("dino", ["--teacher-temperature", "0"], "--teacher-temperature must be at least 0.001"),
+        ("simclr", ["--temperature", "nan"], "--temperature"),
+        ("swav", ["--queue", "-1"], "--queue must be at least 0"),
+        ("wmse", ["--embedding-dim", "40"], "--embedding-dim 40 needs twice as large --part-size and --batch-size"),
+    ],
+)
+def test_values_out_of_bounds(method, flags, words, run, tmp_path):
+    assert words in run(method, *RUN, *flags, *(["--part-size", "64"] if method == "wmse" else [])).error
+    assert not list(tmp_path.iterdir())
+
+
 def test_cplearn_warns_of_a_beta_above_one(run):
     flags = [*RUN, "--c", "32", "--epochs", "1"]
     (line,) = [x for x in run("cplearn", *flags, "--beta", "1.25", "--out", "a").err.splitlines() if "warning" in x]
