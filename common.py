@@ -1067,7 +1067,8 @@ def parse_args(file, doc, defaults):
             default, text, *rest = defaults[name]
             choices = rest and isinstance(rest[0], list)
             _add_flag(own, name, default, text, rest[0] if choices else type(default))
-            limits |= {} if choices or type(default) is bool else {name: rest}
+            if rest and not choices:
+                limits[name] = rest
     args = parser.parse_args()
     args.method = Path(file).stem
     for name, (least, *most) in limits.items():
