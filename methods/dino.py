@@ -32,7 +32,7 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "prototypes": (4096, "codes, the outputs of the head", 2),
+    "prototypes": (4096, "number of codes, the outputs of the head", 2),
     "momentum": (0.996, "of the teacher at the start; rises to 1", 0, 1),
     "teacher_temperature": (0.04, "sharpening; 1 or more takes it away", 0.001),
     "no_centering": (False, "do not subtract the center"),

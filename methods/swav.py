@@ -32,7 +32,7 @@ DEFAULTS = {
     "weight_decay": 1e-4,
     "projector_dim": (2048, "width of the projector", 4),
     # this method's
-    "prototypes": (3000, "clusters C", 2),
+    "prototypes": (3000, "number of clusters", 2),
     "queue": (3840, "earlier embeddings that join the batch in Sinkhorn once there are so many; 0: none", 0),
     "no_sinkhorn": (False, "softmax instead of equal shares; collapses"),
     "freeze_prototypes": (False, "leave the prototypes as they were drawn"),

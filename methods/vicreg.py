@@ -46,7 +46,7 @@ def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
     """Eq. 6 for two views' embeddings (n, d), as scalars `loss`, `invariance`, `variance` and `covariance`."""
     z1, z2 = common.gather(z1), common.gather(z2)
     invariance = (z1 - z2).square().mean()
-    c1, c2 = torch.cov(z1.T), torch.cov(z2.T)
+    c1, c2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1) for z in (z1, z2))
     variance = sum((1 - (c.diagonal() + 1e-4).sqrt()).relu().mean() for c in (c1, c2)) / (1 if sum_variance else 2)
     covariance = sum((c.square().sum() - c.diagonal().square().sum()) / len(c) for c in (c1, c2))
     loss = weights[0] * invariance + weights[1] * variance + weights[2] * covariance
