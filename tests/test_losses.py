@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import OWN, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +195,7 @@ def test_cplearn_never_holds_an_n_by_c_matrix(methods):
     assert 0 < largest <= 2 * n * 1000
 
 
-def test_cplearn_codes(methods):
+def test_cplearn_codes():
     draw = common.draw_codes
     w = draw("rademacher", 64, 5000, 0).double()
     assert set(w.unique().tolist()) == {-1.0, 1.0}
@@ -207,6 +208,8 @@ def test_cplearn_codes(methods):
     assert off.mean().abs() < 5e-3 and off.var().item() == pytest.approx(1 / 64, rel=0.02)
     h = draw("hadamard", 64, 32, 0).double()
     assert torch.equal(h.T @ h, 64 * torch.eye(32, dtype=F64))
+    columns = {tuple(column) for column in scipy.linalg.hadamard(64).T.tolist()}
+    assert {tuple(column) for column in h.T.int().tolist()} <= columns
 
 
 def test_cplearn_scores_are_those_of_eq_1(methods):

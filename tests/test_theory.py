@@ -91,7 +91,7 @@ def temperature(n, f, c):
     return f / (math.sqrt(n) * math.log((1 - EPS * (c - 1)) / EPS))
 
 
-def hadamard(methods, c):
+def hadamard(c):
     """As many orthogonal codes as dimensions: W^T W = f I with c = f."""
     return common.draw_codes("hadamard", c, c, seed=0).double().numpy()
 
@@ -105,7 +105,7 @@ def loss_of(methods, h1, h2, w, beta):
 @pytest.mark.parametrize("beta", [0.25, 1.0])
 @pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (12, 4)])
 def test_loss_of_aligned_codes_is_eq_3(methods, n, c, beta):
-    w, q = hadamard(methods, c), [1 / c] * c
+    w, q = hadamard(c), [1 / c] * c
     h = np.repeat(w.T, n // c, axis=0) / math.sqrt(n)
     assert loss_of(methods, h, h, w, beta) == pytest.approx(eq3(q, beta, EPS), rel=1e-12)
     # Anywhere it is Eq. 2, averaged over which view comes first.
@@ -119,7 +119,7 @@ def test_eq_1_reaches_below_eq_3(methods):
     """The logits of codes without their mean, scaled to the norm sqrt(f/n), are sqrt(c / (c - 1)) times further apart,
     which gives Eq. 3 of a smaller eps; the more codes, the less it matters."""
     n, c = 48, 16
-    w, q = hadamard(methods, c), [1 / c] * c
+    w, q = hadamard(c), [1 / c] * c
     centered = w.T - w.mean(1)
     h = np.repeat(centered / np.linalg.norm(centered, axis=1, keepdims=True), n // c, axis=0) * math.sqrt(c / n)
     smaller = 1 / (c - 1 + ((1 - EPS * (c - 1)) / EPS) ** math.sqrt(c / (c - 1)))
@@ -144,7 +144,7 @@ def sure_embeddings(w, j, n):
 
 @pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (7, 4)])
 def test_theorem_1(methods, n, c):
-    w, j = hadamard(methods, c), 2
+    w, j = hadamard(c), 2
 
     def eq4(alpha):
         return alpha * w[:, j] + (alpha - 1 / math.sqrt(n)) * (w.sum(1) - w[:, j])
@@ -162,11 +162,11 @@ def test_theorem_1(methods, n, c):
     assert all(eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c) for alpha in (-high, 0.9 * low, 1.1 * high))
 
 
-def test_corollary_1(methods):
+def test_corollary_1():
     """The gap between the two alphas is 2 / (c sqrt n); that between the embeddings closes only as 2 / sqrt c."""
     n = 100
     for c in (4, 16, 64, 256, 1024):
-        w = hadamard(methods, c)
+        w = hadamard(c)
         (low, high), (spurious, aligned) = sure_embeddings(w, 1, n)
         assert high - low == pytest.approx(2 / (c * math.sqrt(n)), rel=1e-6)
         assert aligned == pytest.approx(w[:, 1] / math.sqrt(n), abs=1e-8)
@@ -175,15 +175,15 @@ def test_corollary_1(methods):
 
 
 @pytest.mark.parametrize("n, c", [(48, 16), (64, 64), (12, 4)])
-def test_corollaries_2_and_3(methods, n, c):
-    h = np.repeat(hadamard(methods, c).T, n // c, axis=0) / math.sqrt(n)
+def test_corollaries_2_and_3(n, c):
+    h = np.repeat(hadamard(c).T, n // c, axis=0) / math.sqrt(n)
     assert h.T @ h == pytest.approx(np.eye(c), abs=1e-12)
     assert h @ h.T == pytest.approx(np.kron(np.eye(c), np.full((n // c, n // c), c / n)), abs=1e-12)
     assert np.linalg.matrix_rank(np.cov(h.T)) == c - 1
 
 
 @pytest.mark.parametrize("f", [50, 100])
-def test_eq_5(methods, f):
+def test_eq_5(f):
     """Two Rademacher codes have a cosine of mean 0 and variance 1/f. The cosines of different pairs are independent two
     by two, and a square's variance is 2 (f - 1) / f^3, so both standard errors are known."""
     c = 16384
