@@ -894,6 +894,8 @@ def collapse_metrics(model, data):
     some = spread(data.images, min(1000, max(150, len(data.images) // 20)))
     out = extract(model, data.images[some], data)
     z = out["embedding"]
+    if not z.isfinite().all():
+        return {"center_norm": math.nan}  # the run stops at it; eigenvalues of NaN would be a traceback
     metrics = {
         "center_norm": center_norm(z),
         "effective_rank": effective_rank(z),
@@ -1228,7 +1230,7 @@ class Run:
     def end_epoch(self, metrics):
         """Writes the epoch's line to the log and the screen, and the checkpoint."""
         done = self.epoch + 1
-        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"], **self._means(), **metrics}
+        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"], **self._means(metrics=metrics)}
         seconds = time.perf_counter() - self.began
         line["images_per_second"] = (self.step - self.first) * self.args.batch_size / seconds
         last = done == self.args.epochs
@@ -1259,10 +1261,10 @@ class Run:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _means(self, steps=None):
+    def _means(self, steps=None, metrics=None):
         # The sums may reach back to before an interruption, so they are divided by the steps of the whole epoch so far.
         steps = self.step + (steps or 0) - self.epoch * self.steps_per_epoch
-        means = {name: float(value) / steps for name, value in self.sums.items()}
+        means = {name: float(value) / steps for name, value in self.sums.items()} | (metrics or {})
         for name, value in means.items():
             if not math.isfinite(value):
                 kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""

@@ -42,7 +42,7 @@ VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},)
 
 def whiten(z, kind="cholesky"):
     """z (parts, n, d) with mean 0 and, by Cholesky, covariance I (over n - 1) in each part; "batchnorm": variance 1."""
-    z = z - z.mean(1, keepdim=True)
+    z = (z - z.mean(1, keepdim=True)).to(z.dtype if z.device.type == "mps" else torch.float64)  # for small variances
     if kind == "batchnorm":
         return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
     lower, singular = torch.linalg.cholesky_ex(z.mT @ z / (z.shape[1] - 1))
