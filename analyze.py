@@ -278,7 +278,6 @@ def draw_nearest(label, picture, data):
 def draw_codes(f, sizes):
     """WᵀW / f of dictionaries of codes, Rademacher above Hadamard, and the histogram of its entries off the diagonal,
     with what chance gives: cos = (2 B - f) / f with B binomial, so mean 0 and variance 1 / f (Eq. 5)."""
-    draw = common.draw_codes
     figure, axes = plt.subplots(3, len(sizes), figsize=(2.9 * len(sizes) + 0.6, 8), squeeze=False)
     numbers, arrays = [], {}
     log_binomial = [math.lgamma(f + 1) - math.lgamma(b + 1) - math.lgamma(f - b + 1) for b in range(f + 1)]
@@ -292,7 +291,7 @@ def draw_codes(f, sizes):
                 ax.text(0.5, 0.5, "Hadamard needs f a power\nof two and c at most f", ha="center", va="center")
                 ax.axis("off")
                 continue
-            w = draw(kind, f, c, seed=0).float()
+            w = common.draw_codes(kind, f, c, seed=0).float()
             some = (w[:, :128].T @ w[:, :128] / f).numpy()
             shown = ax.imshow(some, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             ax.set(title=f"{kind.capitalize()}, c = {c}" + (", first 128" if c > 128 else ""), xlabel="code")

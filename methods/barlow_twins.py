@@ -33,7 +33,7 @@ DEFAULTS = {
     # this method's
     "lambda_offdiag": (0.0051, "weight of the off-diagonal terms; 0 leaves the invariance alone", 0),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

@@ -35,7 +35,7 @@ DEFAULTS = {
     "momentum": (0.99, "of the teacher at the start; rises to 1. 0: the teacher is the last step's student", 0, 1),
     "no_predictor": (False, "compare the projection itself with the teacher's"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

@@ -36,7 +36,7 @@ DEFAULTS = {
     "center_weight": (1.0, "weight of the penalty; 0 collapses", 0),
     "penalty": ("squared", "norm: ||s||", ["squared", "norm"]),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

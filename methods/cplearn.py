@@ -41,7 +41,7 @@ DEFAULTS = {
     "codes": ("rademacher", "hadamard: exactly orthogonal, c <= projector_dim", ["rademacher", "hadamard"]),
     "no_batchnorm": (False, "leave batch norm out of the projector"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

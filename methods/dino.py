@@ -37,7 +37,7 @@ DEFAULTS = {
     "teacher_temperature": (0.04, "sharpening; 1 or more takes it away", 0.001),
     "no_centering": (False, "do not subtract the center"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

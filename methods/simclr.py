@@ -32,7 +32,7 @@ DEFAULTS = {
     # this method's
     "temperature": (0.5, "of the similarities; the paper's best for CIFAR-10", 0.001),
 }
-VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # per view, on top of --augment
+VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2  # changes to --augment strong
 
 # --- the method
 

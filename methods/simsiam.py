@@ -34,7 +34,7 @@ DEFAULTS = {
     "no_predictor": (False, "compare z with z; collapses"),
     "no_stop_gradient": (False, "let the gradient into the target too; collapses"),
 }
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2  # per view, on top of --augment
+VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2  # changes to --augment strong
 
 # --- the method
 

@@ -37,7 +37,7 @@ DEFAULTS = {
     "no_sinkhorn": (False, "softmax instead of equal shares; collapses"),
     "freeze_prototypes": (False, "leave the prototypes as they were drawn"),
 }
-VIEWS = ({"scale": (0.2, 1)},) * 2  # per view, on top of --augment
+VIEWS = ({"scale": (0.2, 1)},) * 2  # changes to --augment strong
 
 # --- the method
 

@@ -37,7 +37,7 @@ DEFAULTS = {
     "covariance_weight": (1.0, "weight of the covariance term; 0: dimensional collapse", 0),
     "sum_variance": (False, "add the views' variance terms, the paper's form, instead of averaging them"),
 }
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # per view, on top of --augment
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
 
 # --- the method
 

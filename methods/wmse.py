@@ -35,7 +35,7 @@ DEFAULTS = {
     "embedding_dim": (64, "width of the whitened z; at most half of part_size", 1),
     "part_size": (128, "images whitened together, a random part of the batch", 2),
 }
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2  # per view, on top of --augment
+VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2  # changes to --augment strong
 
 # --- the method
 
