@@ -563,6 +563,14 @@ def draw_codes(kind, f, c, seed):
     return 1 - 2 * (bits @ bits[torch.randperm(f, generator=rng)[:c]].T % 2).to(torch.int8)
 
 
+def linear(x, weight):
+    """x weightᵀ (..., m) of x (..., k) and weight (m, k), without gradient: F.linear, but in float32 on a CPU by
+    oneDNN, which on AMD processors takes half the time of torch's default there."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return F.linear(x.to_mkldnn(), weight.to_mkldnn()).to_dense()
+    return F.linear(x, weight)
+
+
 # --- collapse metrics
 
 

@@ -46,29 +46,29 @@ VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment 
 # --- the method
 
 
-@torch.enable_grad()
 def loss_fn(z1, z2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
     """Eq. 2 of embeddings (n, f) and codes (f, c): scalars `loss`, `invariance`, `prior`; only `loss` has a gradient.
-    Walks over blocks of codes twice, for the log-sum-exp and for loss and gradient: no n × c matrix is ever held."""
-    n, c, z = common.world_size() * len(z1), codes.shape[1], torch.cat([z1, z2]) / tau
-    leaf, blocks = z.detach().requires_grad_(), codes.split(block, 1)
-    lse = torch.full((len(z),), -math.inf).to(z)
-    for w in blocks:
-        lse = lse.logaddexp((z.detach() @ w.to(z)).logsumexp(1))
-    lse, slope, terms = lse.requires_grad_(), torch.zeros_like(z), torch.zeros(2).to(z)
-    for w in (w.to(z) for w in blocks):
-        log_p = (leaf @ w - lse[:, None]).view(2, len(z1), -1)
-        p = log_p.exp()
-        # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
-        log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
-        gap = log_mean.exp() * (log_mean + math.log(c)) if prior == "reverse-kl" else -log_mean / c
-        part = torch.stack([-common.gather((p * log_p.flip(0)).sum()[None]).sum() / n, gap.sum()]) / 2
-        (beta * part[0] + part[1]).backward()
-        terms += part.detach()
-        slope.addmm_(p.detach().flatten(0, 1), w.T)
-    # leaf.grad takes lse as fixed; slope = d lse / d z adds its share. The last term is zero and has this gradient.
-    loss = beta * terms[0] + terms[1] + ((leaf.grad + lse.grad[:, None] * slope) * (z - z.detach())).sum()
-    return {"loss": loss, "invariance": terms[0], "prior": terms[1]}
+    Walks over blocks of codes twice, for the log-sum-exp and for the gradient: no n × c matrix is ever held."""
+    n, c, z = common.world_size() * len(z1), codes.shape[1], torch.stack([z1, z2]) / tau
+    with torch.no_grad():
+        lse, row_sum, slope, pulled, matching = z.new_full(z.shape[:2], -math.inf), 0, 0, 0, 0
+        for w in codes.split(block, 1):
+            lse = lse.logaddexp(common.linear(z, w.to(z).T).logsumexp(2))
+        for w in (w.to(z) for w in codes.split(block, 1)):
+            log_p = common.linear(z, w.T) - lse[..., None]
+            p = log_p.exp()
+            # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
+            log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
+            kl, even = log_mean.exp() * (log_mean + math.log(c)), torch.full_like(log_mean, 1 / c)
+            gap, d_gap = (kl, kl + log_mean.exp()) if prior == "reverse-kl" else (-log_mean * even, -even)
+            matching += gap.sum() / 2
+            # 2n d loss / d log p is pull - beta p'. The softmax takes from it p times its sum over the codes.
+            pull = d_gap[:, None] * (log_p - log_mean[:, None]).exp() - beta * p * log_p.flip(0)
+            row_sum, slope, pulled = row_sum + pull.sum(2), slope + common.linear(p, w), pulled + common.linear(pull, w)
+        invariance = common.gather((lse - (z * slope.flip(0)).sum(2)).sum()[None]).sum() / (2 * n)
+        grad = (pulled - beta * slope.flip(0) - (row_sum - beta)[..., None] * slope) / (2 * n)
+    loss = beta * invariance + matching + (grad * (z - z.detach())).sum()  # the last term is 0 and has the gradient
+    return {"loss": loss, "invariance": invariance, "prior": matching}
 
 
 class Model(nn.Module):

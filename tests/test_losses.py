@@ -166,6 +166,20 @@ def test_cplearn_three_prices(methods):
     assert price(corner[:1].expand(n, f)) == pytest.approx(math.log(c))
 
 
+@pytest.mark.parametrize("prior", ["reverse-kl", "cross-entropy"])
+def test_cplearn_in_float32(methods, prior):
+    """In float32, whose products on a CPU are other code than float64's, value and gradient are those of float64."""
+    n, f, c = 64, 128, 5000
+    h1, h2 = (sphere(z.detach(), n).requires_grad_() for z in random_views(n, f))
+    codes = common.draw_codes("rademacher", f, c, seed=0)
+    results = []
+    for views in ((h1, h2), [h.detach().float().requires_grad_() for h in (h1, h2)]):
+        loss = methods["cplearn"].loss_fn(*views, codes, tau=temperature(n, f, c), prior=prior)["loss"]
+        results.append((loss.detach(), *torch.autograd.grad(loss, views)))
+    for exact, single in zip(*results, strict=True):
+        assert (single - exact).norm() < 3e-5 * exact.norm()
+
+
 def test_cplearn_blocks_do_not_change_the_loss(methods):
     h1, h2 = random_views(5, 8)
     codes = common.draw_codes("rademacher", 8, 100, seed=0)
