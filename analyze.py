@@ -77,7 +77,7 @@ def measure(path, model, data, components, bar):
     numbers = {
         "images": n,
         "dimensions": {"embedding": d, "features": features.shape[1]},
-        "diagnosis": common.diagnose(embedding, out.get("codes"), out.get("clusters")),
+        "diagnosis": common.diagnose(embedding, out.get("codes"), out.get("clusters"), data.test_images[0].numel()),
         "center_norm": common.center_norm(embedding),
         "correlation": common.average_correlation(embedding),
         "effective_rank": {name: common.effective_rank(out[name]) for name in spectra},

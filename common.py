@@ -787,9 +787,10 @@ def cluster_gap(z, queries=1000):
     return ratio.amin(1).median().item()
 
 
-def diagnose(z, codes=None, clusters=None):
+def diagnose(z, codes=None, clusters=None, inputs=None):
     """Which of the four collapses of "Collapse-Proof ..." (Figure 1) embeddings z (n, d) suffer, with the codes or
-    prototypes (n,) of `clusters` that a clustering method assigned: {mode: {"number", "threshold", "verdict"}}.
+    prototypes (n,) of `clusters` that a clustering method assigned, for images (or points) of `inputs` numbers each:
+    {mode: {"number", "threshold", "verdict"}}.
 
     Each number is in [0, 1], and below its threshold the mode has collapsed:
 
@@ -798,19 +799,21 @@ def diagnose(z, codes=None, clusters=None):
     cluster         log(effective codes) / log(clusters), effective = exp of the entropy of their use; 0.5 likewise
     intracluster    `cluster_gap`; 0.05: most points are 20 times closer to their own cluster than to the next
 
-    No more dimensions than n - 1 and no more clusters than n are asked for. Where all embeddings are one vector there
-    are no dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse,
-    which is assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for
-    fewer than four embeddings.
+    No more dimensions than n - 1, no more clusters than n and no higher rank than `inputs` are asked for: embeddings of
+    points in a plane that span a plane have lost no dimension. Where all embeddings are one vector there are no
+    dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse, which is
+    assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for fewer than
+    four embeddings.
     """
     thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}
     n, d = z.shape
     if n < 4:
         raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
     rank = effective_rank(z)
+    dimensions = max(2, min(n - 1, d, inputs**2 if inputs else d))  # squared, because below its root is collapse
     numbers = {
         "representation": 1 - center_norm(z) ** 2 if rank else 0.0,
-        "dimensional": math.log(max(1, rank)) / math.log(max(2, min(n - 1, d))),
+        "dimensional": min(1.0, math.log(max(1, rank)) / math.log(dimensions)),
         "cluster": None,
         "intracluster": cluster_gap(z) if rank else 0.0,
     }

@@ -87,6 +87,16 @@ def test_rare_codes_hardly_count():
     assert report["number"] == pytest.approx(entropy / math.log(64)) and report["verdict"] == "collapsed"
 
 
+def test_no_more_dimensions_are_asked_for_than_an_input_has():
+    """A plane is a collapse of 16 dimensions, but not where the inputs are points of a plane; a line is."""
+    for spread, verdict in (([1.0, 1.0], "ok"), ([1.0, 0.01], "collapsed")):
+        z = torch.randn(500, 2, generator=common.generator(0)) * torch.tensor(spread) @ torch.eye(2, 16)
+        z[:, 2:] += 0.001 * torch.randn(500, 14, generator=common.generator(1))
+        assert common.diagnose(z)["dimensional"]["verdict"] == "collapsed"
+        assert common.diagnose(z, inputs=2)["dimensional"]["verdict"] == verdict
+    assert common.diagnose(z, inputs=768) == common.diagnose(z)
+
+
 def test_an_outlier_is_no_cluster():
     z = embeddings(1000, 16, "")[0]
     z[0] = 1e3
