@@ -66,7 +66,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
             pull = d_gap[:, None] * (log_p - log_mean[:, None]).exp() - beta * p * log_p.flip(0)
             row_sum, slope, pulled = row_sum + pull.sum(2), slope + common.linear(p, w), pulled + common.linear(pull, w)
         invariance = common.gather((lse - (z * slope.flip(0)).sum(2)).sum()[None]).sum() / (2 * n)
-        grad = (pulled - beta * slope.flip(0) - (row_sum - beta)[..., None] * slope) / (2 * n)
+        grad = (pulled - beta * slope.flip(0) - (row_sum - beta)[..., None] * slope) / (2 * n)  # slope is d lse / d z
     loss = beta * invariance + matching + (grad * (z - z.detach())).sum()  # the last term is 0 and has the gradient
     return {"loss": loss, "invariance": invariance, "prior": matching}
 
