@@ -145,7 +145,7 @@ def test_wmse_needs_whitening(train):
         assert dimensional["correlation"] > 0.7 > 0.6 > alive["correlation"]
         assert total["center_norm"] > 0.9 > 0.85 > alive["center_norm"]
         assert not alive["named"] and total["named"] == {"representation"}
-    # With batch norm in the hidden layer too, what remains is about the plane that three classes span.
+    # Where the hidden layer has batch norm too, the plane remains that three classes span; here, without, less.
     assert dimensional["effective_rank"] < 2 and dimensional["named"] == {"dimensional"}
 
 
