@@ -565,7 +565,7 @@ def draw_codes(kind, f, c, seed):
 
 def linear(x, weight):
     """x weightᵀ (..., m) of x (..., k) and weight (m, k), without gradient: F.linear, but in float32 on a CPU by
-    oneDNN, which on AMD processors takes half the time of torch's default there."""
+    oneDNN, which on an AMD Zen 5 takes half the time of torch's default there."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return F.linear(x.to_mkldnn(), weight.to_mkldnn()).to_dense()
     return F.linear(x, weight)

@@ -3,8 +3,8 @@
     python evaluate.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0 --init
 
 linear    test accuracy of a linear classifier on the backbone's standardised features: Adam, lr 0.01, 100 epochs
-          (the protocol of "Collapse-Proof Non-Contrastive Self-Supervised Learning", Appendix I), last epoch;
-          batches of 2000, because the paper names no size and smaller ones, slower, were no better
+          (the protocol of "Collapse-Proof Non-Contrastive Self-Supervised Learning", Appendix I, which names no
+          batch size), batches of 2000 for speed, last epoch
 knn       test accuracy of 200 cosine neighbours in the training set, weighted exp(similarity / 0.1)
 nmi       normalised mutual information of test labels with the assigned codes or prototypes of a clustering method,
           or with k-means on the features (k = classes) of any other
