@@ -7,7 +7,7 @@ DIR/report.html holds it all and opens in any browser; beside it are the picture
 the arrays behind the curves as report.npz.
 
 diagnosis   the four collapses of "Collapse-Proof Non-Contrastive Self-Supervised Learning", each a number in [0, 1],
-            below its threshold means collapse; `diagnose` in common.py defines them
+            below its threshold means collapse; `diagnose` below defines them
 spectra     eigenvalues of the covariance of embeddings and features over their mean squared norm (Figure 6a there)
 entropy     of Gaussian mixtures of more and more components fitted to the embeddings, by 10,000 draws (Figure 6b);
             lower where they huddle in clusters. In nats per dimension, of embeddings scaled to a mean variance of 1
@@ -42,6 +42,7 @@ from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 import common
+import evaluate
 
 COMPONENTS = [10, 20, 50, 100, 200, 500, 1000]
 # Okabe and Ito's colours for lines, Tol's "muted" for classes: both can be told apart by colour-blind readers.
@@ -56,39 +57,203 @@ plt.rcParams.update({
 # --- numbers
 
 
+def spectrum_auc(spectrum):
+    """Area under the cumulative share of a spectrum (m,), largest first, as a mean over its ranks (Li, Efros and
+    Pathak, 2022): (m + 1) / 2m if it is flat, 1 if one direction has it all; NaN if all is 0."""
+    return (spectrum.cumsum(0) / spectrum.sum()).mean().item()
+
+
+def power_law(spectrum):
+    """The exponent alpha of spectrum_i ~ i^-alpha (Ghosh et al., 2022): least squares in logarithms over the ranks
+    above 1e-7 of the first, weighted 1 / i so that each octave counts alike. NaN where fewer than two are."""
+    values = spectrum[spectrum > 1e-7 * spectrum[0]].log()
+    x = torch.arange(1, len(values) + 1, device=values.device).to(values).log()
+    weight = (-x).softmax(0)
+    x = x - (weight * x).sum()
+    return -((weight * x * values).sum() / (weight * x * x).sum()).item()
+
+
+def unit_variance(z):
+    """z (n, d) centered and scaled to a mean variance of 1 over its dimensions, float32: what entropies are taken of,
+    so that methods of all scales compare. Zeros where z is constant."""
+    z = common.as_float64(z)
+    scale = common.covariance_spectrum(z).sum() / z.shape[1]
+    return ((z - z.mean(0)) * (scale.rsqrt() if scale > 0 else 0)).float()
+
+
+def logdet_entropy(z, floor=1e-3):
+    """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)). Exact if z is
+    Gaussian and n >> d, else too high, the Gaussian being the widest of its covariance; few points make it too low."""
+    spectrum = common.covariance_spectrum(z)
+    spectrum = nn.functional.pad(
+        spectrum, (0, z.shape[1] - len(spectrum))
+    )  # no variance where there are too few points for any
+    return (spectrum + floor).log().sum().item() / 2 + z.shape[1] * _GAUSS
+
+
+def pairwise_entropy(z, noise=0.1):
+    """Lower and upper bound, in nats, of the entropy of z (n, d) with Gaussian noise of variance `noise` added, that is
+    of the mixture of n Gaussians around its points: ½ d log(2πe noise) - mean_i log mean_j exp(-D_ij) with the
+    Bhattacharyya and the Kullback-Leibler distance (Kolchinsky and Tracey, 2017, Eqs. 10 and 13). Both are right within
+    log n, and tell little once all points are further apart than the noise."""
+    z = common.as_float64(z)
+    base, n = z.shape[1] * (_GAUSS + math.log(noise) / 2), len(z)
+    sums = [0.0, 0.0]
+    for part in z.split(1000):
+        distance = torch.cdist(part, z).square()
+        for i, scale in enumerate((8, 2)):
+            sums[i] += (math.log(n) - (-distance / (scale * noise)).logsumexp(1)).sum().item()
+    return tuple(base + total / n for total in sums)
+
+
+_GAUSS = (math.log(2 * math.pi) + 1) / 2  # entropy of a Gaussian of variance 1, in nats
+
+
+def _log_joint(x, weights, means, variances):
+    """log(weight_k N(x_i; mean_k, variance_k)), (n, k)."""
+    precision = 1 / variances
+    quadratic = (x * x) @ precision.T - 2 * x @ (means * precision).T + (means * means * precision).sum(1)
+    return weights.log() - (quadratic + variances.log().sum(1) + x.shape[1] * math.log(2 * math.pi)) / 2
+
+
+def _mixture_of(x, shares, floor):
+    """Weights, means and variances of components that own `shares` (n, k) of the points x (n, d)."""
+    count = shares.sum(0) + 10 * torch.finfo(x.dtype).eps
+    means = shares.T @ x / count[:, None]
+    variances = (shares.T @ (x * x) / count[:, None] - means * means).clamp_min(0) + floor
+    return count / count.sum(), means, variances
+
+
+def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
+    """A Gaussian mixture of `k` components of diagonal covariance fitted to x (n, d) by expectation maximisation:
+    (weights (k,), means (k, d), variances (k, d)), and its mean log-likelihood in nats before the last step.
+
+    `floor` is added to each variance, so that a component of one point does not shrink to it. Starts at the mixture
+    `start`, or from k-means; ends once the log-likelihood gains less than `tolerance`.
+    """
+    if start is None:
+        start = _mixture_of(
+            x, nn.functional.one_hot(evaluate.kmeans(x, k, restarts=1, iterations=10)[0], min(k, len(x))).to(x), floor
+        )
+    mixture, before = start, -math.inf
+    for _ in range(iterations):
+        joint = _log_joint(x, *mixture)
+        total = joint.logsumexp(1, keepdim=True)
+        likelihood = total.mean().item()
+        mixture = _mixture_of(x, (joint - total).exp(), floor)
+        if likelihood - before < tolerance:
+            break
+        before = likelihood
+    return mixture, likelihood
+
+
+def mixture_entropy(mixture, samples=10_000):
+    """Entropy of a Gaussian mixture in nats by Monte Carlo, -mean log p over draws from it ("Collapse-Proof ...",
+    Section 4). Unbiased for the mixture, which itself is narrower than the data the more components it has for them."""
+    weights, means, variances = mixture
+    rng = common.generator(0)
+    chosen = torch.multinomial(weights.cpu().double(), samples, replacement=True, generator=rng).to(means.device)
+    noise = torch.randn(samples, means.shape[1], generator=rng).to(means)
+    x = means[chosen] + variances[chosen].sqrt() * noise
+    return -_log_joint(x, weights, means, variances).logsumexp(1).mean().item()
+
+
+def cluster_gap(z, queries=1000):
+    """How much embeddings z (n, d) vary within clusters: the largest jump in a point's distances r_1 <= r_2 <= ... to
+    the others, as min_k r_k / r_{k+1} over its nearest nine tenths; the median over up to `queries` points.
+
+    Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of uniform U, and more in more
+    dimensions; clusters whose points are 20 times closer to one another than to the rest have 0.05. It needs no
+    assignments, so that it works for every method; 0 where all points are one."""
+    z = common.as_float64(z)
+    some = common.evenly_spaced(z, queries)
+    distance = torch.cdist(z[some], z)
+    distance[torch.arange(len(some), device=z.device), some] = -1  # the point itself comes first
+    distance = distance.sort(1).values[:, 1 : max(3, int(0.9 * len(z)))]
+    ratio = torch.where(distance[:, 1:] > 0, distance[:, :-1] / distance[:, 1:], 1)
+    ratio[distance[:, -1] == 0] = 0
+    return ratio.amin(1).median().item()
+
+
+def diagnose(z, codes=None, clusters=None, inputs=None):
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) embeddings z (n, d) suffer, with the codes or
+    prototypes (n,) of `clusters` that a clustering method assigned, for images (or points) of `inputs` numbers each:
+    {mode: {"number", "threshold", "verdict"}}.
+
+    Each number is in [0, 1], and below its threshold the mode has collapsed:
+
+    representation  1 - center_norm², the variance of the directions; 0.2 means a center vector of 0.89
+    dimensional     log(effective rank) / log(dimensions); 0.5: the effective rank is the root of what could be
+    cluster         log(effective codes) / log(clusters), effective = exp of the entropy of their use; 0.5 likewise
+    intracluster    `cluster_gap`; 0.05: most points are 20 times closer to their own cluster than to the next
+
+    No more dimensions than n - 1, no more clusters than n and no higher rank than `inputs` are asked for: embeddings of
+    points in a plane that span a plane have lost no dimension. Where all embeddings are one vector there are no
+    dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse, which is
+    assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for fewer than
+    four embeddings.
+    """
+    thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}
+    n, d = z.shape
+    if n < 4:
+        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
+    rank = common.effective_rank(z)
+    dimensions = max(2, min(n - 1, d, inputs**2 if inputs else d))  # squared, because below its root is collapse
+    numbers = {
+        "representation": 1 - common.center_norm(z) ** 2 if rank else 0.0,
+        "dimensional": min(1.0, math.log(max(1, rank)) / math.log(dimensions)),
+        "cluster": None,
+        "intracluster": cluster_gap(z) if rank else 0.0,
+    }
+    if codes is not None:
+        use = torch.bincount(codes.cpu()).double() / n
+        numbers["cluster"] = torch.special.entr(use).sum().item() / math.log(max(2, min(n, clusters)))
+    point = numbers["representation"] < thresholds["representation"]
+    report = {}
+    for mode, number in numbers.items():
+        if point and mode != "representation":
+            verdict = "implied"
+        elif number is None:
+            verdict = "no codes"
+        else:
+            verdict = "collapsed" if number < thresholds[mode] else "ok"
+        report[mode] = {"number": number, "threshold": thresholds[mode], "verdict": verdict}
+    return report
+
+
 def measure(path, model, data, components, bar):
     """All of a checkpoint's model on the test images: numbers, as a dict for JSON; the arrays behind its curves; and
     what the pictures need: `features`, `embedding`, assigned `clusters` and, for the largest of them, `nearest`, the
     indices of the images nearest to each."""
     out = common.extract(model, data.test_images, data)
+    evaluate.check_finite(path, out)
     features, embedding = out["features"], out["embedding"]
-    if not (features.isfinite().all() and embedding.isfinite().all()):
-        common.fail(f"the network in {str(path)!r} gives features that are not finite numbers; train it again")
+    codes, count = out.get("codes"), evaluate.count_codes(model, embedding)
     n, d = embedding.shape
     spectra = {name: common.covariance_spectrum(out[name]) for name in ("embedding", "features")}
-    scaled = common.unit_variance(embedding)
+    scaled = unit_variance(embedding)
     bar.update()
     mixtures = {}
     for k in components:
         if k <= n // 2:
-            mixtures[k] = common.mixture_entropy(common.fit_mixture(scaled, k)[0]) / d
+            mixtures[k] = mixture_entropy(fit_mixture(scaled, k)[0]) / d
         bar.update()
     clusters, nearest, by = assign(model, data, out)
     numbers = {
         "images": n,
         "dimensions": {"embedding": d, "features": features.shape[1]},
-        "diagnosis": common.diagnose(embedding, out.get("codes"), out.get("clusters"), data.test_images[0].numel()),
+        "diagnosis": diagnose(embedding, codes, count, data.test_images[0].numel()),
         "center_norm": common.center_norm(embedding),
         "correlation": common.average_correlation(embedding),
         "effective_rank": {name: common.effective_rank(out[name]) for name in spectra},
-        "auc": {name: common.spectrum_auc(spectrum) for name, spectrum in spectra.items()},
-        "power_law": {name: common.power_law(spectrum) for name, spectrum in spectra.items()},
+        "auc": {name: spectrum_auc(spectrum) for name, spectrum in spectra.items()},
+        "power_law": {name: power_law(spectrum) for name, spectrum in spectra.items()},
         "entropy": {
             "mixture": mixtures,
-            "logdet": common.logdet_entropy(scaled) / d,
-            "pairwise": [bound / d for bound in common.pairwise_entropy(scaled)],
+            "logdet": logdet_entropy(scaled) / d,
+            "pairwise": [bound / d for bound in pairwise_entropy(scaled)],
         },
-        "clusters": {"by": by, "used": len(np.unique(clusters)), "of": out.get("clusters", len(data.classes))},
+        "clusters": {"by": by, "used": len(np.unique(clusters)), "of": count or len(data.classes)},
     }
     bar.update()
     arrays = {f"spectrum_{name}": spectrum.cpu().numpy() for name, spectrum in spectra.items()}
@@ -106,13 +271,13 @@ def assign(model, data, out):
     if "codes" in out:
         clusters = out["codes"].cpu().numpy()
     else:
-        clusters, centers = common.kmeans(out["features"], len(data.classes))
+        clusters, centers = evaluate.kmeans(out["features"], len(data.classes))
         clusters = clusters.cpu().numpy()
     names, sizes = np.unique(clusters, return_counts=True)
     largest = names[np.argsort(-sizes, kind="stable")[:8]]
     if "codes" in out:
-        batches = data.test_images.split(500)
-        closeness = torch.cat([model.embed(data.normalise(b))["scores"][:, largest].cpu() for b in batches]).numpy()
+        parts = out["embedding"].split(64)
+        closeness = torch.cat([model.scores(z)[:, largest].cpu() for z in parts]).numpy()
     else:
         closeness = -torch.cdist(out["features"], centers[largest]).cpu().numpy()
     nearest = {int(c): np.argsort(-closeness[:, i], kind="stable")[:10] for i, c in enumerate(largest)}
@@ -174,9 +339,9 @@ def draw_entropy(arrays):
 def draw_matrices(label, picture):
     """Correlations of up to 512 dimensions, and cosines of up to 512 images in the order of their clusters."""
     z = picture["embedding"].double()
-    some = common.spread(z, 512)
+    some = common.evenly_spaced(z, 512)
     some = some[np.argsort(picture["clusters"][some], kind="stable")]
-    correlation = torch.nn.functional.normalize(z - z.mean(0), dim=0)[:, common.spread(z.T, 512)]
+    correlation = torch.nn.functional.normalize(z - z.mean(0), dim=0)[:, common.evenly_spaced(z.T, 512)]
     directions = torch.nn.functional.normalize(z[some], dim=1)
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.4))
     figure.suptitle(label)
@@ -231,7 +396,7 @@ def draw_tsne(pictures, arrays, classes):
     for ax in axes.flat[len(pictures) :]:
         ax.remove()
     for ax, (label, picture) in zip(axes.flat, pictures.items(), strict=False):
-        some = common.spread(picture["features"], 2000)
+        some = common.evenly_spaced(picture["features"], 2000)
         features, labels = picture["features"][some].numpy(), arrays[label]["labels"][some]
         ax.set(title=label, xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
@@ -291,7 +456,7 @@ def draw_codes(f, sizes):
                 ax.text(0.5, 0.5, "Hadamard needs f a power\nof two and c at most f", ha="center", va="center")
                 ax.axis("off")
                 continue
-            w = common.draw_codes(kind, f, c, seed=0).float()
+            w = evaluate.load_method("cplearn").draw_codes(kind, f, c, seed=0).float()
             some = (w[:, :128].T @ w[:, :128] / f).numpy()
             shown = ax.imshow(some, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             ax.set(title=f"{kind.capitalize()}, c = {c}" + (", first 128" if c > 128 else ""), xlabel="code")
@@ -399,15 +564,15 @@ def write_report(folder, title, intro, numbers, arrays, figures):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         plt.close(figure)
-        common.replace(folder / f"{name}.png", lambda file, buffer=buffer: file.write(buffer.getvalue()))
+        common.atomic_write(folder / f"{name}.png", lambda file, buffer=buffer: file.write(buffer.getvalue()))
         data = base64.b64encode(buffer.getvalue()).decode()
         alt, caption = html.escape(name), html.escape(caption)
         parts.append(
             f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
         )
-    common.replace(folder / "report.json", lambda file: file.write(json.dumps(finite(numbers), indent=2).encode()))
-    common.replace(folder / "report.npz", lambda file: np.savez_compressed(file, **arrays))
-    common.replace(folder / "report.html", lambda file: file.write("\n".join(parts).encode()))
+    common.atomic_write(folder / "report.json", lambda file: file.write(json.dumps(finite(numbers), indent=2).encode()))
+    common.atomic_write(folder / "report.npz", lambda file: np.savez_compressed(file, **arrays))
+    common.atomic_write(folder / "report.html", lambda file: file.write("\n".join(parts).encode()))
     print(f"wrote {folder / 'report.html'} and {len(figures)} pictures, report.json, report.npz")
 
 
@@ -441,20 +606,14 @@ def main():
     parser = common.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a last.pt or the run folder that holds it"
-    )
+    evaluate.add_checkpoint_flags(parser, "*")
     parser.add_argument("--out", default="report", metavar="DIR", help="folder for it, files are overwritten [report]")
-    parser.add_argument("--init", action="store_true", help="also analyze each network as it was before training")
     parser.add_argument(
         "--codes", nargs="+", type=int, metavar="N", help="f c [c ...]: dimensions, then numbers of codes"
     )
     parser.add_argument("--components", nargs="+", type=int, default=COMPONENTS, metavar="K",
                         help=f"sizes of the mixtures {COMPONENTS}; fewer or smaller ones are faster")  # fmt: skip
     parser.add_argument("--images", type=int, default=10_000, help="at most so many test images [10000]")
-    parser.add_argument("--dataset", choices=common.SHARED["dataset"][2], metavar="NAME", help="[the training data]")
-    parser.add_argument("--data-dir", help="where that data set is [as in training]")
-    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[cuda, else mps, else cpu]")
     options = parser.parse_args()
     if bool(options.codes) == bool(options.checkpoints):
         common.fail("give either checkpoints or --codes f c ... (see --help)")
@@ -483,38 +642,24 @@ def main():
         write_report(folder, title, intro, numbers, arrays, {"codes": (figure, CAPTIONS["codes"])})
         return
 
-    paths = [Path(path) for path in options.checkpoints]
-    states = [common.load_checkpoint(path) for path in paths]
-    labels, datasets = labels_of(paths), []
-    for state in states:  # what is wrong with the last one should not show after the work on the first
-        datasets.append(common.args_on(state, options.dataset, options.data_dir).dataset)
-        common.load_method(state["method"])
-    if len(set(datasets)) > 1:
-        labels = [f"{label} on {dataset}" for label, dataset in zip(labels, datasets, strict=True)]
-    jobs = [
-        (path, label + ("" if trained else " (untrained)"), state, trained)
-        for path, label, state in zip(paths, labels, states, strict=True)
-        for trained in ([False, True] if options.init else [True])
-    ]
-    numbers, arrays, pictures, classes, logs, figures, loaded = {}, {}, {}, {}, {}, {}, {}
+    jobs = evaluate.read_checkpoints(options)
+    names = labels_of([Path(path) for path in options.checkpoints])
+    datasets = {path: options.dataset or state["args"]["dataset"] for path, state, _ in jobs}
+    numbers, arrays, pictures, classes, logs, figures = {}, {}, {}, {}, {}, {}
     bar = tqdm(total=len(jobs) * (len(options.components) + 2), desc="analyze", disable=None, leave=False)
-    for path, label, state, trained in jobs:
+    for (path, state, trained), (model, data) in zip(jobs, evaluate.networks(jobs, options, device), strict=True):
+        dataset = datasets[path]
+        label = names[options.checkpoints.index(path)] + (f" on {dataset}" if len(set(datasets.values())) > 1 else "")
+        label += "" if trained else " (untrained)"
         bar.set_description(label)
-        model = common.build_model(state, device, trained)
-        args = common.args_on(state, options.dataset, options.data_dir)
-        key = (args.dataset, args.data_dir, args.image_size)
-        if key not in loaded:
-            data = common.load_data(args, device)
-            if len(data.test_labels) < 4:
-                common.fail(f"the analysis needs at least 4 test images, and --dataset {args.dataset} has fewer")
-            some = common.spread(data.test_images, options.images)
-            images, test_labels = data.test_images[some], data.test_labels[some]
-            loaded = {key: dataclasses.replace(data, test_images=images, test_labels=test_labels)}
-        data = loaded[key]
+        if len(data.test_labels) < 4:
+            common.fail(f"the analysis needs at least 4 test images, and --dataset {dataset} has fewer")
+        some = common.evenly_spaced(data.test_images, options.images)
+        data = dataclasses.replace(data, test_images=data.test_images[some], test_labels=data.test_labels[some])
         entry, arrays[label], pictures[label] = measure(path, model, data, options.components, bar)
-        about = {"method": state["method"], "dataset": args.dataset, "epoch": state["epoch"] if trained else 0}
+        about = {"method": state["method"], "dataset": dataset, "epoch": state["epoch"] if trained else 0}
         numbers[label], classes[label] = about | entry, data.classes
-        if trained and (log := read_log(path)):
+        if trained and (log := read_log(Path(path))):
             logs[label] = log
         figures[f"matrices-{label}"] = draw_matrices(label, pictures[label]), f"{label}. {CAPTIONS['matrices']}"
         figures[f"nearest-{label}"] = draw_nearest(label, pictures[label], data), f"{label}. {CAPTIONS['nearest']}"

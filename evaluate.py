@@ -25,18 +25,119 @@ train_codes and test_codes (n,), and checkpoint, its path. `--json` then gives t
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import nn
 from tqdm import tqdm
 
 import common
+
+# --- checkpoints
+
+
+def checkpoint_args(state, options):
+    """A checkpoint's flags, with the data set of `options` instead of its own if there is one. Refuses a data set that
+    the network cannot read."""
+    args = argparse.Namespace(**state["args"])
+    args.dataset, args.data_dir = options.dataset or args.dataset, options.data_dir or args.data_dir
+    if (args.dataset in common.TOYS) != (args.backbone == "mlp"):
+        common.fail(f"a checkpoint with a {args.backbone} backbone cannot read --dataset {args.dataset}")
+    return args
+
+
+def load_method(name):
+    """The module methods/<name>.py."""
+    path = Path(__file__).parent / "methods" / f"{name}.py"
+    if not path.exists():
+        common.fail(f"the checkpoint is of method {name!r}, and there is no methods/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_model(state, device, trained=True):
+    """The model of a checkpoint in eval mode, or, with trained=False, as it was before training."""
+    args = argparse.Namespace(**state["args"])
+    torch.manual_seed(args.seed)
+    model = load_method(state["method"]).Model(args)
+    if trained:
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            common.fail(f"the checkpoint does not fit methods/{state['method']}.py: {str(error).splitlines()[0]}")
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def add_checkpoint_flags(parser, nargs):
+    """The flags that say which networks to look at, and on which data."""
+    parser.add_argument(
+        "checkpoints", nargs=nargs, metavar="CHECKPOINT", help="a last.pt or the run folder that holds it"
+    )
+    parser.add_argument("--init", action="store_true", help="also each network as it was before training")
+    parser.add_argument("--dataset", choices=common.DATASETS, metavar="NAME", help="[the training data]")
+    parser.add_argument("--data-dir", help="where that data set is [as in training]")
+    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[cuda, else mps, else cpu]")
+
+
+def read_checkpoints(options):
+    """The networks to look at, as (path, state, trained). Refuses what cannot be read before any work is done."""
+    jobs = []
+    for path in options.checkpoints:
+        state = common.load_checkpoint(path)
+        checkpoint_args(state, options)
+        load_method(state["method"])
+        jobs += [(path, state, trained) for trained in ([False, True] if options.init else [True])]
+    return jobs
+
+
+def networks(jobs, options, device):
+    """Yields (model, data) for each job. Data are loaded again only when a job needs others."""
+    key = None
+    for _, state, trained in jobs:
+        args = checkpoint_args(state, options)
+        if key != (args.dataset, args.data_dir, args.image_size):
+            key, data = (args.dataset, args.data_dir, args.image_size), common.load_data(args, device)
+        yield build_model(state, device, trained), data
+
+
+def check_finite(path, *outputs):
+    """Refuses a network whose features or embeddings are infinite or NaN."""
+    if not all(out[name].isfinite().all() for out in outputs for name in ("features", "embedding") if name in out):
+        common.fail(f"the network in {str(path)!r} gives features that are not finite numbers; train it again")
+
+
+def count_codes(model, embedding):
+    """How many codes or prototypes a model has, or None."""
+    with torch.no_grad():
+        return model.scores(embedding[:1]).shape[1] if hasattr(model, "scores") else None
+
+
+# --- figures
+
+
+def kmeans(x, k, restarts=5, iterations=100):
+    """scikit-learn's k-means of x (n, d): assignments (n,) and centers (k, d) on x's device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer different points than clusters, or few iterations, are no news here
+        fitted = KMeans(min(k, len(x)), n_init=restarts, max_iter=iterations, random_state=0).fit(x.cpu().numpy())
+    return torch.from_numpy(fitted.labels_).long().to(x.device), torch.from_numpy(fitted.cluster_centers_).to(x)
+
+
+def shuffled_nmi(codes, labels, repeats=5):
+    """NMI after the assignments `codes` are shuffled, mean of `repeats`: what chance scores with these clusters."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([normalized_mutual_info_score(labels, rng.permutation(codes)) for _ in range(repeats)]))
 
 
 def linear_probe(features, labels, test_features, test_labels, epochs=100, lr=1e-2, batch_size=2000):
@@ -57,20 +158,23 @@ def linear_probe(features, labels, test_features, test_labels, epochs=100, lr=1e
     return (probe(test_features).argmax(1) == test_labels).float().mean().item()
 
 
-def evaluate(train, test, data):
-    """All figures of one model, as a dict, from what `common.extract` gives for the training and the test images."""
+def evaluate(train, test, data, clusters=None):
+    """All figures of one network, as a dict, from what `common.extract` gives for the training and the test images.
+
+    `clusters` is the number of codes or prototypes, None for a method without any.
+    """
     labels, test_labels = (y.to(train["features"].device) for y in (data.labels, data.test_labels))
-    own_codes = "codes" in test
-    codes = test["codes"] if own_codes else common.kmeans(test["features"], len(data.classes))[0]
+    codes = (test["codes"] if clusters else kmeans(test["features"], len(data.classes))[0]).cpu().numpy()
+    truth = data.test_labels.cpu().numpy()
     return {
         "linear": linear_probe(train["features"], labels, test["features"], test_labels),
         "knn": common.knn_accuracy(train["features"], labels, test["features"], test_labels),
-        "nmi": common.nmi(codes, test_labels),
-        "shuffled": common.nmi_shuffled(codes, test_labels),
-        "ami": common.ami(codes, test_labels),
-        "used": common.used_codes(codes),
-        "clusters": test["clusters"] if own_codes else len(data.classes),
-        "clusters_by": "codes" if own_codes else "k-means",
+        "nmi": float(normalized_mutual_info_score(truth, codes)),
+        "shuffled": shuffled_nmi(codes, truth),
+        "ami": float(adjusted_mutual_info_score(truth, codes)),
+        "used": len(np.unique(codes)),
+        "clusters": clusters or len(data.classes),
+        "clusters_by": "codes" if clusters else "k-means",
         "rank": common.effective_rank(test["embedding"]),
         "dimensions": test["embedding"].shape[1],
     }
@@ -105,51 +209,37 @@ def save_features(file, path, train, test, data):
         tensors = {name: out[name] for name in ("features", "embedding", "codes") if name in out} | {"labels": labels}
         arrays |= {f"{split}_{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
     try:
-        common.replace(file, lambda part: np.savez(part, **arrays))
+        common.atomic_write(file, lambda part: np.savez(part, **arrays))
     except OSError as error:
         common.fail(f"cannot write {str(file)!r}: {error.strerror}")
 
 
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a last.pt or the run folder that holds it"
-    )
-    parser.add_argument("--init", action="store_true", help="also evaluate each network as it was before training")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per row, instead of the table")
-    parser.add_argument("--dataset", choices=common.SHARED["dataset"][2], metavar="NAME", help="[the training data]")
-    parser.add_argument("--data-dir", help="where that data set is [as in training]")
+    add_checkpoint_flags(parser, "+")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object for each row, instead of the table")
     parser.add_argument("--save-features", metavar="DIR", help="also write features, embeddings, labels and codes")
-    parser.add_argument("--device", choices=["cuda", "mps", "cpu"], help="[cuda, else mps, else cpu]")
     options = parser.parse_args()
     device = common.find_device(options.device)
 
-    states = [common.load_checkpoint(path) for path in options.checkpoints]
-    jobs = [
-        (path, state, trained)
-        for path, state in zip(options.checkpoints, states, strict=True)
-        for trained in ([False, True] if options.init else [True])
-    ]
+    jobs = read_checkpoints(options)
     files = [None] * len(jobs)
     if options.save_features:
         files = feature_files(Path(options.save_features), jobs, options.dataset)
-    rows, loaded = [], {}
-    for (path, state, trained), file in zip(tqdm(jobs, "evaluate", disable=None, leave=False), files, strict=True):
-        args = common.args_on(state, options.dataset, options.data_dir)
-        model = common.build_model(state, device, trained)
-        key = (args.dataset, args.data_dir, args.image_size)
-        if key not in loaded:
-            loaded = {key: common.load_data(args, device)}  # only the last one is kept in memory
-        data = loaded[key]
-        train, test = (common.extract(model, images, data) for images in (data.images, data.test_images))
-        if not all(out[name].isfinite().all() for out in (train, test) for name in ("features", "embedding")):
-            common.fail(f"the network in {path!r} gives features that are not finite numbers; train it again")
-        epoch = state["epoch"] if trained else 0
-        row = {"checkpoint": path, "method": state["method"], "dataset": args.dataset, "epoch": epoch}
+    rows = []
+    bar = tqdm(
+        zip(jobs, files, networks(jobs, options, device), strict=True), "evaluate", len(jobs), False, disable=None
+    )
+    for (path, state, trained), file, (model, data) in bar:
+        train = common.extract(model, data.images, data, embeddings=bool(file))
+        test = common.extract(model, data.test_images, data)
+        check_finite(path, train, test)
+        dataset, epoch = options.dataset or state["args"]["dataset"], state["epoch"] if trained else 0
+        row = {"checkpoint": path, "method": state["method"], "dataset": dataset, "epoch": epoch}
         if file:
             save_features(file, path, train, test, data)
             row["saved"] = str(file)
-        rows.append(row | evaluate(train, test, data))
+        rows.append(row | evaluate(train, test, data, count_codes(model, test["embedding"])))
     if options.json:
         json.dump(rows, sys.stdout, indent=2)
         print()

@@ -1,12 +1,16 @@
-"""Barlow Twins: make the cross-correlation matrix of two views' embeddings the identity.
+"""Barlow Twins: make the cross-correlation matrix of two views' embeddings the identity matrix.
 
-    C = Z1ᵀ Z2 / n with columns of Z1, Z2 standardised over the batch;  loss = Σ_i (1 - C_ii)² + lambda Σ_{i≠j} C_ij²
+    loss = Σ_i (1 - C_ii)² + lambda Σ_{i≠j} C_ij²                                                               (Eq. 1)
+    C = Z1ᵀ Z2 / n                                                                                              (Eq. 2)
 
-What prevents collapse: a standardised column cannot shrink to a constant, and the off-diagonal terms (`redundancy`)
-keep columns from being copies of each other. `--lambda-offdiag 0` takes these terms away.
+Z1 and Z2 (n, d) are the embeddings of two views of n images, each column standardised over the batch. So C_ij is the
+correlation of dimension i of view 1 with dimension j of view 2. The sums are called `invariance` and `redundancy`.
 
-"Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021, Eqs. 1 and 2.
-Departs from the paper: lambda as in the authors' code (0.005 in the text), Adam, a projector 2048 instead of 8192 wide.
+What prevents collapse: a standardised column has variance 1, so it cannot be constant. The second sum keeps columns
+from being copies of each other. `--lambda-offdiag 0` removes it.
+
+"Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
+Departs from the paper: lambda of the authors' code (paper: 0.005), Adam (LARS), projector of 2048 dimensions (8192).
 Run: python methods/barlow_twins.py
 """
 
@@ -16,32 +20,27 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-DEFAULTS = {
-    "backbone": "resnet18",
-    "augment": "strong",
-    "epochs": 200,
-    "batch_size": 256,
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector", 4),
-    # this method's
-    "lambda_offdiag": (0.0051, "weight of the off-diagonal terms; 0 leaves the invariance alone", 0),
-}
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
+# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+SIZES = {}
+
+
+def add_flags(parser):
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.add_argument("--lambda-offdiag", type=common.number(0), default=0.0051, help="weight of redundancy")
+
 
 # --- the method
 
 
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
-    """Eq. 1 for two views' embeddings (n, d), as scalars `loss`, `invariance` and `redundancy`."""
-    # Batch norm without parameters: variance over n, not n - 1, so that identical views have C_ii = 1.
-    z1, z2 = (nn.functional.batch_norm(common.gather(z), None, None, training=True) for z in (z1, z2))
+    """Eq. 1 of two views' embeddings (n, d), as scalars `loss`, `invariance` and `redundancy`."""
+    # Batch norm without parameters standardises columns. Its variance is over n, so identical views have C_ii = 1.
+    z1, z2 = (nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
     redundancy = c.square().sum() - c.diagonal().square().sum()
@@ -51,52 +50,44 @@ def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
 class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 3, nn.BatchNorm1d, bias=False)
+        d = args.projector_dim
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+        )  # fmt: skip
 
-    def forward(self, x1, x2):
-        """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
-        return {"z1": z1, "z2": z2, "lambda_offdiag": self.args.lambda_offdiag}
-
-    def embed(self, x):
-        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
-        h = self.backbone(x)
-        z = self.head(h)
-        return {"features": h, "embedding": z}
+    def forward(self, x):
+        return self.head(self.backbone(x))
 
 
 # --- training
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, DEFAULTS)
+    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
     device = common.start(args)
-    model = common.place(Model(args), device)
+    model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
-    network = torch.compile(model) if args.compile else model
-    run = common.Run(args, model, optimizer, data)
+    run = common.open_run(args, model, optimizer, data)
 
-    for _ in run.epochs():
-        for x1, x2 in run.batches(VIEWS):
-            # Linear warm-up, then a half cosine to zero.
-            progress = (run.step - run.warmup_steps) / max(1, run.total_steps - run.warmup_steps)
-            cosine = (1 + math.cos(math.pi * max(0, progress))) / 2
+    for epoch in run.epochs():
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
-
+                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                inputs = network(x1, x2)
-            terms = loss_fn(**inputs)
-
+                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
+            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+            terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)
             optimizer.step()
-            run.record(terms)
-        run.end_epoch(common.collapse_metrics(model, data))
+            run.step += 1
+            run.end_step(terms)
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

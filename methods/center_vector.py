@@ -1,14 +1,16 @@
-"""Center vector: make views agree and keep the mean of all embeddings, the center vector, short.
+"""Center vector: make two views agree and keep the mean of all embeddings, the center vector, short.
 
-    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all normalised z                     (Eq. 32)
+    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all 2n embeddings                   (Eq. 32)
 
-What prevents collapse: ||s||², the mean inner product of all pairs, which agreement alone drives to 1, where all
-embeddings are equal. At weight 1 both together are minus half the trace of the covariance between the views, for which
-one point for all is worst. `--center-weight 0` takes the penalty away.
+z1_i and z2_i are the embeddings of two views of image i, normalised to length 1. The terms are called `invariance` and
+`center`. ||s||² is also the mean inner product of all pairs of embeddings.
+
+What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. At weight 1 the loss is minus half the
+trace of the covariance between the views, so one point for all is the worst. `--center-weight 0` removes the penalty.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: Eq. 32 adds the vector s to a scalar; here its squared norm, or by flag its norm. The distance
-is minus the cosine, whose gradient is Eq. 4's; the squared one, 2 - 2 cos, wants weight 2 (at 1 it collapsed on CIFAR).
+Departs from the paper: Eq. 32 adds the vector s itself to a number; here it is ||s||² (or ||s||, `--penalty norm`). The
+views' distance is minus the cosine, as in Eq. 4, not the squared distance, which is 2 - 2 cosine and needs weight 2.
 Run: python methods/center_vector.py
 """
 
@@ -18,32 +20,29 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-DEFAULTS = {
-    "backbone": "resnet18",
-    "augment": "strong",
-    "epochs": 200,
-    "batch_size": 256,
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector", 4),
-    # this method's
-    "center_weight": (1.0, "weight of the penalty; 0 collapses", 0),
-    "penalty": ("squared", "norm: ||s||", ["squared", "norm"]),
-}
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
+# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+SIZES = {}
+
+
+def add_flags(parser):
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.add_argument(
+        "--center-weight", type=common.number(0), default=1.0, help="weight of the penalty; 0: collapse"
+    )
+    parser.add_argument("--penalty", choices=["squared", "norm"], default="squared", help="||s||² or ||s||")
+
 
 # --- the method
 
 
 def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
-    """Eq. 32 for two views' embeddings (n, d), as scalars `loss`, `invariance` (minus cosine) and `center`."""
-    z1, z2 = (nn.functional.normalize(common.gather(z), dim=1) for z in (z1, z2))
+    """Eq. 32 of two views' embeddings (n, d), as scalars `loss`, `invariance` (minus cosine) and `center`."""
+    z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
     invariance = -(z1 * z2).sum(1).mean()
     center = torch.cat([z1, z2]).mean(0).square().sum()
     center = center if penalty == "squared" else center.sqrt()
@@ -53,52 +52,44 @@ def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
 class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.args = args
         self.backbone = common.build_backbone(args)
-        self.head = MLP(self.backbone.num_features, [args.projector_dim] * 3, nn.BatchNorm1d, bias=False)
+        d = args.projector_dim
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+        )  # fmt: skip
 
-    def forward(self, x1, x2):
-        """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
-        return {"z1": z1, "z2": z2, "center_weight": self.args.center_weight, "penalty": self.args.penalty}
-
-    def embed(self, x):
-        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
-        h = self.backbone(x)
-        z = self.head(h)
-        return {"features": h, "embedding": z}
+    def forward(self, x):
+        return self.head(self.backbone(x))
 
 
 # --- training
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, DEFAULTS)
+    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
     device = common.start(args)
-    model = common.place(Model(args), device)
+    model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
-    network = torch.compile(model) if args.compile else model
-    run = common.Run(args, model, optimizer, data)
+    run = common.open_run(args, model, optimizer, data)
 
-    for _ in run.epochs():
-        for x1, x2 in run.batches(VIEWS):
-            # Linear warm-up, then a half cosine to zero.
-            progress = (run.step - run.warmup_steps) / max(1, run.total_steps - run.warmup_steps)
-            cosine = (1 + math.cos(math.pi * max(0, progress))) / 2
+    for epoch in run.epochs():
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
-
+                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                inputs = network(x1, x2)
-            terms = loss_fn(**inputs)
-
+                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
+            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+            terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)
             optimizer.step()
-            run.record(terms)
-        run.end_epoch(common.collapse_metrics(model, data))
+            run.step += 1
+            run.end_step(terms)
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

@@ -1,15 +1,20 @@
-"""CPLearn: give each image one of many fixed random codes, both views the same, and all codes equal shares.
+"""CPLearn: assign both views of an image to the same one of c random codes, and use all codes equally often.
 
-    p = softmax(zᵀ W / tau),  z = sqrt(f/n) l2norm(bn(linear(h))),  W in {-1, 1}^(f × c) random and frozen       (Eq. 1)
-    loss = beta mean_i CE(p_i, p'_i) + prior(mean_i p_i),  tau = f / (sqrt(n) log((1 - eps (c - 1)) / eps)), eps = 1e-8
+    p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                                          (Eq. 1)
+    loss = beta mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)] + ½ [KL(mean_i p1_i || 1/c) + KL(mean_i p2_i || 1/c)]
 
-What prevents collapse: the prior, KL(mean p || uniform), forbids one or few codes for all images; quasi-orthogonal
-codes, many more than dimensions (c >> f), spread embeddings over all directions. `--beta 0` takes the agreement away, a
-large beta drowns the prior: balanced hard codes cost log(c/n) if n < c, the uniform start beta log(c), one code for all
-log(c): less than the start if beta > 1 (Table 9's cliff). Below log(c/n) / log(c) soft codes are cheaper than hard.
+h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
+the p of image i's two views, 1/c is uniform, CE(p, q) = -Σ_j p_j log q_j. The terms are `invariance` and `prior`. tau =
+f / log((1 - eps (c - 1)) / eps), eps = 1e-8: z = w_j gives w_jᵀz = f, the others near 0, and p_j = 1 - eps (c - 1).
+
+What prevents collapse: the prior, because one code for all images costs log c. Many codes, c >> f: random codes are
+nearly orthogonal, and a subspace of few dimensions is close to few of them, so using all needs all f dimensions (the
+paper's argument). And batch norm. `--beta 10` outweighs the prior, `--beta 0` and `--no-batchnorm` take a part away.
+What to expect: at the start p is nearly uniform and the loss near beta log c. n images use at most n codes, so a good
+run ends near log(c/n), not 0, if c > n. At beta 1 the start and one code for all images cost the same, log c.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: sqrt(n), which cancels, is left out of z and tau; the prior, over both views, is Appendix N's.
+Departs from the paper: Appendix N's prior, for each view (Eq. 2's: `--prior cross-entropy`). In Eq. 1 sqrt(n) cancels.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -19,115 +24,115 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-DEFAULTS = {
-    "backbone": "resnet18",
-    "augment": "strong",
-    "epochs": 200,
-    "batch_size": 256,
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "weight_decay": 1e-4,
-    "projector_dim": (2048, "width of the projector", 4),
-    # this method's
-    "c": (16384, "codes; many more than projector_dim against dimensional and intracluster collapse", 2),
-    "beta": (0.25, "weight of the views' agreement; 1 suits long runs, above it collapse is cheaper than the start", 0),
-    "activation": ("l2", "tanh-unscaled: the authors', sqrt(batch size) sharper", ["l2", "tanh", "tanh-unscaled"]),
-    "prior": ("reverse-kl", "Appendix N's, bounded, or Eq. 2's", ["reverse-kl", "cross-entropy"]),
-    "codes": ("rademacher", "hadamard: exactly orthogonal, c <= projector_dim", ["rademacher", "hadamard"]),
-    "no_batchnorm": (False, "leave batch norm out of the projector"),
-}
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})  # changes to --augment strong
+# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+SIZES = {"shapes": {"c": 1024}, "blobs": {"c": 64}, "moons": {"c": 64}}
+
+
+def add_flags(parser):
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
+    parser.add_argument("--beta", type=common.number(0), default=0.25, help="weight of invariance")
+    parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="after batch norm")
+    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="see above")
+    parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
+    parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
+
 
 # --- the method
 
 
-def loss_fn(z1, z2, codes, *, tau, beta=1.0, prior="reverse-kl", block=1024):
-    """Eq. 2 of embeddings (n, f) and codes (f, c): scalars `loss`, `invariance`, `prior`; only `loss` has a gradient.
-    Walks over blocks of codes twice, for the log-sum-exp and for the gradient: no n × c matrix is ever held."""
-    n, c, z = common.world_size() * len(z1), codes.shape[1], torch.stack([z1, z2]) / tau
-    with torch.no_grad():
-        lse, row_sum, slope, pulled, matching = z.new_full(z.shape[:2], -math.inf), 0, 0, 0, 0
-        for w in codes.split(block, 1):
-            lse = lse.logaddexp(common.linear(z, w.to(z).T).logsumexp(2))
-        for w in (w.to(z) for w in codes.split(block, 1)):
-            log_p = common.linear(z, w.T) - lse[..., None]
-            p = log_p.exp()
-            # In log space, because an unused code's mean is 0 in float32, and 0 log 0 is NaN.
-            log_mean = common.gather(log_p.logsumexp(1)[None]).logsumexp(0) - math.log(n)
-            kl, even = log_mean.exp() * (log_mean + math.log(c)), torch.full_like(log_mean, 1 / c)
-            gap, d_gap = (kl, kl + log_mean.exp()) if prior == "reverse-kl" else (-log_mean * even, -even)
-            matching += gap.sum() / 2
-            # 2n d loss / d log p is pull - beta p'. The softmax takes from it p times its sum over the codes.
-            pull = d_gap[:, None] * (log_p - log_mean[:, None]).exp() - beta * p * log_p.flip(0)
-            row_sum, slope, pulled = row_sum + pull.sum(2), slope + common.linear(p, w), pulled + common.linear(pull, w)
-        invariance = common.gather((lse - (z * slope.flip(0)).sum(2)).sum()[None]).sum() / (2 * n)
-        grad = (pulled - beta * slope.flip(0) - (row_sum - beta)[..., None] * slope) / (2 * n)  # slope is d lse / d z
-    loss = beta * invariance + matching + (grad * (z - z.detach())).sum()  # the last term is 0 and has the gradient
-    return {"loss": loss, "invariance": invariance, "prior": matching}
+def loss_fn(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl"):
+    """The loss of embeddings (n, f) of norm sqrt(f) and codes (f, c) of ±1: scalars `loss`, `invariance`, `prior`."""
+    n, c, codes = len(z1), codes.shape[1], codes.to(z1)
+    log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
+    invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
+    # The mean over images in log space: in float32 the mean of an unused code is 0, and 0 log 0 is NaN.
+    log_mean = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c)
+    kl, ce = (log_mean.exp() * (log_mean + math.log(c))).sum(1).mean(), -log_mean.mean()
+    matching = kl if prior == "reverse-kl" else ce
+    return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
+
+
+def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=4096):
+    """loss_fn in blocks of codes, each computed again for the gradient, so that no matrix (n, c) is held."""
+    n, c, z, again = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
+
+    def terms(w):
+        log_p = z @ w.to(z) / tau - log_sum
+        log_mean = log_p.logsumexp(1) - math.log(n)
+        match = log_mean.exp() * (log_mean + math.log(c)) if prior == "reverse-kl" else -log_mean / c
+        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, match.sum()]) / 2
+
+    blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
+    log_sum = torch.stack([again(logsumexp, w, use_reentrant=False) for w in blocks]).logsumexp(0)
+    invariance, matching = sum(again(terms, w, use_reentrant=False) for w in blocks)
+    return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
+
+
+def draw_codes(kind, f, c, seed):
+    """Codes W (f, c) of ±1, int8: each entry random, or c different columns of Sylvester's orthogonal matrix (f, f)."""
+    rng = torch.Generator().manual_seed(seed)
+    if kind == "rademacher":
+        return 2 * torch.randint(2, (f, c), generator=rng, dtype=torch.int8) - 1
+    if f & (f - 1) or c > f:
+        common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
+    bits = torch.arange(f)[:, None] >> torch.arange(f.bit_length()) & 1  # row i holds the binary digits of i
+    return 1 - 2 * (bits @ bits[torch.randperm(f, generator=rng)[:c]].T % 2).to(torch.int8)
 
 
 class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.args = args
         self.backbone = common.build_backbone(args)
-        f, n = args.projector_dim, args.batch_size if args.activation == "tanh-unscaled" else 1  # else n cancels out
-        self.head = MLP(self.backbone.num_features, [f])
-        self.head.append(nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(f))
-        self.head.append(nn.RMSNorm(f, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh())
-        if args.beta > 1:
-            print(f"warning: at beta {args.beta} > 1 total collapse is cheaper than the uniform start", file=sys.stderr)
-        self.register_buffer("codes", common.draw_codes(args.codes, f, args.c, args.seed), persistent=False)
-        self.tau = f / (math.sqrt(n) * math.log((1 - 1e-8 * (args.c - 1)) / 1e-8))
+        d = args.projector_dim
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, d),
+            nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
+            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
+        )  # fmt: skip
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as in the authors' code
+        self.tau = d / sharper / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)
+        self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
-    def forward(self, x1, x2):
-        """The arguments of loss_fn for two views of a batch, each sent through the network on its own."""
-        z1, z2 = (self.head(self.backbone(x)).float() for x in (x1, x2))
-        settings = {"codes": self.codes, "tau": self.tau, "beta": self.args.beta, "prior": self.args.prior}
-        return {"z1": z1, "z2": z2, **settings}
+    def forward(self, x):
+        return self.head(self.backbone(x))
 
-    def embed(self, x):
-        """What evaluation asks for: the backbone's `features`, the `embedding`, and with codes the `scores`."""
-        h = self.backbone(x)
-        z = self.head(h)
-        return {"features": h, "embedding": z, "scores": z @ self.codes.to(z) / self.tau}
+    def scores(self, z):
+        return torch.cat([z @ w.to(z) for w in self.codes.split(4096, 1)], 1) / self.tau
 
 
 # --- training
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, DEFAULTS)
+    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
     device = common.start(args)
-    model = common.place(Model(args), device)
+    model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
-    network = torch.compile(model) if args.compile else model
-    run = common.Run(args, model, optimizer, data)
+    run = common.open_run(args, model, optimizer, data)
 
-    for _ in run.epochs():
-        for x1, x2 in run.batches(VIEWS):
-            # Linear warm-up, then a half cosine to zero.
-            progress = (run.step - run.warmup_steps) / max(1, run.total_steps - run.warmup_steps)
-            cosine = (1 + math.cos(math.pi * max(0, progress))) / 2
+    for epoch in run.epochs():
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(cosine, (run.step + 1) / max(1, run.warmup_steps))
-
+                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                inputs = network(x1, x2)
-            terms = loss_fn(**inputs)
-
+                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
+            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+            loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
+            terms = loss(z1, z2, model.codes, tau=model.tau, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)
             optimizer.step()
-            run.record(terms)
-        run.end_epoch(common.collapse_metrics(model, data))
+            run.step += 1
+            run.end_step(terms)
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 
