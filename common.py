@@ -117,7 +117,7 @@ def read_torchvision(args):
     cls, argument, splits, labels, url = {
         "cifar10": ("CIFAR10", "train", (True, False), "targets", "cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
         "cifar100": ("CIFAR100", "train", (True, False), "targets", "cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
-        "svhn": ("SVHN", "split", ("train", "test"), "labels", "ufldl.stanford.edu/housenumbers/*_32x32.mat"),
+        "svhn": ("SVHN", "split", ("train", "test"), "labels", "ufldl.stanford.edu/housenumbers/train_32x32.mat"),
     }[args.dataset]
     parts = []
     for split in splits:
@@ -941,15 +941,14 @@ class Run:
             fail(f"--batch-size {args.batch_size} is larger than the training set of {len(data.labels)} images")
         self.total_steps = args.epochs * self.steps_per_epoch
         warmup = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
-        self.warmup_steps = round(warmup * self.steps_per_epoch)
+        self.warmup = max(1, round(warmup * self.steps_per_epoch))  # in steps
         self.step, self.sums, self.stop_signal = 0, {}, 0
         self.checkpoint, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
 
-    def learning_rate(self):
-        """The rate of the next step: a linear warm-up to --lr, then a half cosine to zero."""
-        progress = (self.step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * max(0, progress))) / 2
-        return self.args.lr * min(cosine, (self.step + 1) / max(1, self.warmup_steps))
+    @property
+    def progress(self):
+        """How much of the training after the warm-up is done, from 0 to 1."""
+        return max(0.0, (self.step - self.warmup) / max(1, self.total_steps - self.warmup))
 
     def epochs(self):
         """The epochs still to do, counted from 0."""

@@ -10,7 +10,7 @@ What prevents collapse: the predictor, and a teacher that gets no gradient and c
 teacher the student of the step before. `--no-predictor` compares the projections themselves.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: Adam (LARS). As in the authors' code, only parameters are averaged, not batch norm statistics.
+Departs from the paper: Adam instead of LARS. As in the authors' code, batch norm statistics are not averaged.
 Run: python methods/byol.py
 """
 
@@ -24,14 +24,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
-    parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="of the teacher at the start")
+    parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
 
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)
+        self.teacher = common.frozen_copy(self)  # no gradient; in train mode, so its batch norms see the batch
         self.predictor = nn.Sequential(
             nn.Linear(256, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False)
         )
@@ -64,9 +64,9 @@ class Model(nn.Module):
     def forward(self, x):
         return self.head(self.backbone(x))
 
-    def update_teacher(self, momentum, progress):
-        for t, s in zip(self.teacher.parameters(), self.parameters(), strict=False):  # the student's come first
-            t.lerp_(s.detach(), (1 - momentum) * (math.cos(math.pi * progress) + 1) / 2)
+    def update_teacher(self, m):
+        for name, t in self.teacher.named_parameters():
+            t.lerp_(self.get_parameter(name).detach(), 1 - m)
 
 
 # --- training
@@ -81,20 +81,20 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
-                t1, t2 = model.teacher(x1), model.teacher(x2)  # no gradient: its parameters are frozen
-            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # the rows of all processes, float32
+                t1, t2 = model.teacher(x1), model.teacher(x2)
+            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32, all processes' rows, gradient for own rows
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
-            model.update_teacher(args.momentum, run.step / run.total_steps)
+            model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

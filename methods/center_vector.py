@@ -24,16 +24,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
-    parser.add_argument(
-        "--center-weight", type=common.number(0), default=1.0, help="weight of the penalty; 0: collapse"
-    )
+    parser.add_argument("--center-weight", type=common.number(0), default=1.0, help="weight of center; 0: collapse")
     parser.add_argument("--penalty", choices=["squared", "norm"], default="squared", help="||s||² or ||s||")
 
 
@@ -76,16 +74,16 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -4,17 +4,18 @@
     loss = beta mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)] + ½ [KL(mean_i p1_i || 1/c) + KL(mean_i p2_i || 1/c)]
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
-the p of image i's two views, 1/c is uniform, CE(p, q) = -Σ_j p_j log q_j. The terms are `invariance` and `prior`. tau =
-f / log((1 - eps (c - 1)) / eps), eps = 1e-8: z = w_j gives w_jᵀz = f, the others near 0, and p_j = 1 - eps (c - 1).
+the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, 1/c is uniform, means are over a batch of n images. The terms
+are `invariance` and `prior`. tau = f / log((1 - eps(c-1)) / eps), eps = 1e-8: z = w_j has w_jᵀz = f, other products
+near 0, so p_j = 1 - eps(c-1).
 
-What prevents collapse: the prior, because one code for all images costs log c. Many codes, c >> f: random codes are
-nearly orthogonal, and a subspace of few dimensions is close to few of them, so using all needs all f dimensions (the
-paper's argument). And batch norm. `--beta 10` outweighs the prior, `--beta 0` and `--no-batchnorm` take a part away.
-What to expect: at the start p is nearly uniform and the loss near beta log c. n images use at most n codes, so a good
-run ends near log(c/n), not 0, if c > n. At beta 1 the start and one code for all images cost the same, log c.
+What prevents collapse: the prior, as one sharp code for all costs log c; batch norm, as equal z with nearly uniform p
+would cost no more than the start; many codes, c >> f: random codes are nearly orthogonal, so z in few dimensions are
+close to few codes, and equal use needs all f (the paper's argument). `--beta 10` outweighs the prior, `--no-batchnorm`
+removes the norm. What to expect: a start near beta log c. Sharp codes cost log(c/n), as n images use at most n. If beta
+log c is less, as by default, p stays soft and the loss falls little. At beta 1 the start ties with one code for all.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's prior, for each view (Eq. 2's: `--prior cross-entropy`). In Eq. 1 sqrt(n) cancels.
+Departs from the paper: Appendix N's prior, KL, not Eq. 2's CE (see `--prior`). In Eq. 1 sqrt(n) cancels.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -28,7 +29,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 1024}, "blobs": {"c": 64}, "moons": {"c": 64}}
 
@@ -37,8 +38,8 @@ def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.25, help="weight of invariance")
-    parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="after batch norm")
-    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="see above")
+    parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
+    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="KL or CE above")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
     parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
 
@@ -47,30 +48,28 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl"):
-    """The loss of embeddings (n, f) of norm sqrt(f) and codes (f, c) of ±1: scalars `loss`, `invariance`, `prior`."""
+    """The loss of embeddings (n, f), float32, of norm sqrt(f), and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    # The mean over images in log space: in float32 the mean of an unused code is 0, and 0 log 0 is NaN.
-    log_mean = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c)
-    kl, ce = (log_mean.exp() * (log_mean + math.log(c))).sum(1).mean(), -log_mean.mean()
-    matching = kl if prior == "reverse-kl" else ce
+    log_mean = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c); in log space, as 0 log 0 is NaN
+    matching = (log_mean.exp() * (log_mean + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_mean.mean()
     return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
 
 
 def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=4096):
     """loss_fn in blocks of codes, each computed again for the gradient, so that no matrix (n, c) is held."""
-    n, c, z, again = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
+    n, c, z, checkpoint = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
+    blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
+    log_sum = torch.stack([checkpoint(logsumexp, w, use_reentrant=False) for w in blocks]).logsumexp(0)  # (2, n, 1)
 
     def terms(w):
-        log_p = z @ w.to(z) / tau - log_sum
+        log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
         log_mean = log_p.logsumexp(1) - math.log(n)
         match = log_mean.exp() * (log_mean + math.log(c)) if prior == "reverse-kl" else -log_mean / c
-        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, match.sum()]) / 2
+        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, match.sum()]) / 2  # the mean of the two views
 
-    blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
-    log_sum = torch.stack([again(logsumexp, w, use_reentrant=False) for w in blocks]).logsumexp(0)
-    invariance, matching = sum(again(terms, w, use_reentrant=False) for w in blocks)
+    invariance, matching = sum(checkpoint(terms, w, use_reentrant=False) for w in blocks)
     return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
 
 
@@ -81,7 +80,7 @@ def draw_codes(kind, f, c, seed):
         return 2 * torch.randint(2, (f, c), generator=rng, dtype=torch.int8) - 1
     if f & (f - 1) or c > f:
         common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
-    bits = torch.arange(f)[:, None] >> torch.arange(f.bit_length()) & 1  # row i holds the binary digits of i
+    bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length())) & 1  # row i holds the binary digits of i
     return 1 - 2 * (bits @ bits[torch.randperm(f, generator=rng)[:c]].T % 2).to(torch.int8)
 
 
@@ -91,11 +90,12 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d),
-            nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
+            nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as in the authors' code
+        sharper = (
+            math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
+        )  # authors' code: only tau has it
         self.tau = d / sharper / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -118,17 +118,17 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
             loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
             terms = loss(z1, z2, model.codes, tau=model.tau, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

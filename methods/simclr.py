@@ -9,7 +9,7 @@ What prevents collapse: the sum grows when z_i comes close to views of other ima
 high `--temperature` makes the push weak.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020.
-Departs from the paper: Adam (LARS), batches of 256 (4096). The authors' code has twice the mean of Eq. 1.
+Departs from the paper: Adam instead of LARS, batches of 256, not 4096. The authors' code has twice the mean of Eq. 1.
 Run: python methods/simclr.py
 """
 
@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"jitter": (0.8, 0.8, 0.8, 0.2), "blur": 0.5},) * 2
 SIZES = {}
 
@@ -71,16 +71,16 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
             terms = loss_fn(z1, z2, temperature=args.temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -9,7 +9,7 @@ What prevents collapse: predictor and stop-gradient together. Without one of the
 `--no-predictor` and `--no-stop-gradient` remove them.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: Adam (SGD). The predictor's learning rate falls like the others' (constant).
+Departs from the paper: Adam instead of SGD. The predictor's learning rate falls like the others', it is not constant.
 Run: python methods/simsiam.py
 """
 
@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {}
 
@@ -74,17 +74,17 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
-            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # the rows of all processes, float32
+            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # float32, all processes' rows, gradient for own rows
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

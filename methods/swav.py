@@ -1,16 +1,16 @@
-"""SwAV: predict the prototype of one view from the other view; the prototypes share the images equally.
+"""SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                       (Eq. 2)
-    q = Sinkhorn(s): start from exp(s / epsilon), then three times divide columns by their sums, then rows      (Eq. 3)
+    q = Sinkhorn(s): from exp(s / 0.05), repeat three times: divide columns by their sums, then rows by theirs  (Eq. 3)
 
-s (n, k) are the scores of view 1 or 2 of n images: cosines of their embeddings with k learned prototypes. q is the
-target, without gradient. Dividing columns gives all prototypes equal shares; dividing rows makes each q_i sum to 1.
+s (n, k) are the scores of one view of n images: cosines of embeddings (rows) with k learned prototypes (columns). q is
+the target, without gradient. As n < k, Sinkhorn also sees the scores of a queue of earlier embeddings.
 
-What prevents collapse: equal shares, so images cannot all take one prototype. `--no-sinkhorn` takes q = softmax(s /
-epsilon). `--freeze-prototypes` keeps the random prototypes, which are spread evenly already.
+What prevents collapse: columns of equal sums, so images cannot all take one prototype. Equal scores mean uniform q and
+a loss of log k; sharp q cost less. `--no-sinkhorn`: q = softmax(s / 0.05). `--freeze-prototypes` does no harm.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: two larger crops, Adam (LARS), prototypes not frozen at first, queue used only once it is full.
+Departs from the paper: no small crops, Adam instead of LARS, prototypes and queue are in use from the first step on.
 Run: python methods/swav.py
 """
 
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"scale": (0.2, 1)},) * 2
 SIZES = {name: {"prototypes": 32, "queue": 0} for name in (*common.TOYS, "shapes")}
 
@@ -41,13 +41,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of two views' scores (n, k) and those of a queue (m, k), m may be 0: scalars `loss`, `loss12`, `loss21`."""
+    """Eq. 2 of scores (n, k), cosines, and those of a queue (m, k), m may be 0: scalars `loss`, `loss12`, `loss21`."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
-        for _ in range(iterations):  # Sinkhorn, in log space, where nothing overflows
+        for _ in range(iterations):  # Sinkhorn on logarithms: log_softmax(0) divides columns by their sums
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]
+        q = log_q.softmax(1)[: len(s)]  # after Sinkhorn this is exp, the rows have sum 1 already
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -87,17 +87,20 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            s1, s2 = common.gather(
+                model.scores(z1), model.scores(z2)
+            )  # float32, all processes' rows, gradient for own rows
             m = args.queue if run.step * args.batch_size >= args.queue else 0  # the queue is used once it is full
-            terms = loss_fn(s1, s2, *model.scores(model.queue[:, :m]), iterations=0 if args.no_sinkhorn else 3)
+            earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
+            terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

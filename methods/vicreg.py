@@ -1,18 +1,18 @@
 """VICReg: make two views agree, keep the variance of every dimension up, and decorrelate the dimensions.
 
-    loss = 25 mean (Z1 - Z2)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                                          (Eq. 6)
+    loss = 25 mean_ij (Z1_ij - Z2_ij)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                                 (Eq. 6)
     v(Z) = mean_j max(0, 1 - sqrt(Var(Z)_j + 0.0001)),  c(Z) = Σ_{i≠j} Cov(Z)_ij² / d
 
-Z1 and Z2 (n, d) are the embeddings of two views of n images. Variance and covariance are taken over the batch. The
-three terms are called `invariance`, `variance` and `covariance`.
+Z1 and Z2 (n, d) are the embeddings of two views of n images. Var and Cov are over the batch, with n - 1. The three
+terms are called `invariance`, `variance` and `covariance`.
 
-What prevents collapse: `variance` keeps the standard deviation of each dimension near 1, so embeddings cannot shrink
-to a point. `covariance` keeps dimensions from being copies of each other. `--variance-weight 0` and
+What prevents collapse: `variance` keeps each dimension's standard deviation at about 1 or more, so embeddings cannot
+shrink to a point. `covariance` keeps dimensions from being copies of each other. `--variance-weight 0` and
 `--covariance-weight 0` remove them.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam (LARS), a projector of 2048 (8192). As in the authors' code, `invariance` is a mean
-over d too, and `variance` is the mean of the two views', not their sum.
+Departs from the paper: Adam instead of LARS, projector 2048 wide, not 8192, means of the authors' code (paper: Σ_j, v +
+v).
 Run: python methods/vicreg.py
 """
 
@@ -26,21 +26,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
-    parser.add_argument(
-        "--invariance-weight", type=common.number(0), default=25.0, help="weight of the views' agreement"
-    )
+    parser.add_argument("--invariance-weight", type=common.number(0), default=25.0, help="of the views' agreement")
     parser.add_argument("--variance-weight", type=common.number(0), default=25.0, help="0: total collapse")
     parser.add_argument("--covariance-weight", type=common.number(0), default=1.0, help="0: dimensional collapse")
-    parser.add_argument(
-        "--sum-variance", action="store_true", help="add the views' variance terms, as the paper prints"
-    )
+    parser.add_argument("--sum-variance", action="store_true", help="add the views' variances, as in the paper")
 
 
 # --- the method
@@ -48,11 +44,12 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
     """Eq. 6 of two views' embeddings (n, d), as scalars `loss`, `invariance`, `variance` and `covariance`."""
+    n, d = z1.shape
     invariance = (z1 - z2).square().mean()
-    c1, c2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1) for z in (z1, z2))
-    v1, v2 = ((1 - (c.diagonal() + 1e-4).sqrt()).relu().mean() for c in (c1, c2))
+    cov1, cov2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1) for z in (z1, z2))  # (d, d)
+    v1, v2 = ((1 - (cov.diagonal() + 1e-4).sqrt()).relu().mean() for cov in (cov1, cov2))
     variance = v1 + v2 if sum_variance else (v1 + v2) / 2
-    covariance = sum((c.square().sum() - c.diagonal().square().sum()) / len(c) for c in (c1, c2))
+    covariance = sum((cov.square().sum() - cov.diagonal().square().sum()) / d for cov in (cov1, cov2))
     loss = weights[0] * invariance + weights[1] * variance + weights[2] * covariance
     return {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
 
@@ -84,17 +81,17 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
             weights = args.invariance_weight, args.variance_weight, args.covariance_weight
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

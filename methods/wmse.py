@@ -3,14 +3,14 @@
     loss = 2 - 2 mean_i cos(w1_i, w2_i)                                                                         (Eq. 3)
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
 
-z are the embeddings of one view of a part of the batch, w their whitened form. w1_i and w2_i belong to two views of
-image i. Each view has its own mean and covariance, taken over the same images.
+z are the embeddings of one view in a part of the batch (`--part-size` images), w is their whitened form. w1_i and w2_i
+belong to image i's two views, and the mean is over all images.
 
-What prevents collapse: the covariance of w is the identity, whatever the network does. `--whitening batchnorm` only
-scales each dimension to variance 1: all may be copies of one. `--whitening none` leaves z as it is.
+What prevents collapse: the covariance of w is the identity, so w fills all dimensions. `--whitening batchnorm` only
+gives each dimension variance 1: all may become copies of one. `--whitening none` does nothing: all z become equal.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: cosine schedule (steps), batches of 256 (512). The batch is not shuffled again to make parts.
+Departs from the paper: cosine schedule instead of steps, batches of 256, not 512, cut into parts as they are.
 Run: python methods/wmse.py
 """
 
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each view changes of --augment strong (see common.AUGMENT), and this method's flags on small data sets.
+# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
 SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS}
 
@@ -40,21 +40,21 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), as scalars `loss` and `cosine`. A part needs more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), as scalars `loss` and `cosine`. A part must have more than d images."""
     white, n = [], min(len(z1), part_size)
     for z in (z1, z2):
-        z = z[: len(z) // n * n].view(-1, n, z.shape[1])  # (parts, n, d); a remainder smaller than a part is dropped
+        z = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); a remainder smaller than a part is dropped
         if whitening != "none":
             z = z - z.mean(1, keepdim=True)
         if whitening == "batchnorm":
             z = z / (z.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             z = z if z.device.type == "mps" else z.double()  # float32 fails when some directions vary little
-            lower, failed = torch.linalg.cholesky_ex(z.mT @ z / (n - 1))
-            lower = lower.masked_fill(failed.view(-1, 1, 1) > 0, math.nan)  # NaN stops the run
-            z = torch.linalg.solve_triangular(lower, z.mT, upper=False).mT
+            lower, failed = torch.linalg.cholesky_ex(z.mT @ z / (n - 1))  # (parts, d, d)
+            lower = lower.masked_fill(failed.view(-1, 1, 1) > 0, math.nan)  # a singular covariance makes the loss NaN
+            z = torch.linalg.solve_triangular(lower, z.mT, upper=False).mT  # rows w = L⁻¹ z
         white.append(z)
-    cosine = nn.functional.cosine_similarity(*white, dim=2).mean()
+    cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
     return {"loss": 2 - 2 * cosine, "cosine": cosine}
 
 
@@ -86,16 +86,16 @@ def main():
     run = common.open_run(args, model, optimizer, data)
 
     for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate()  # linear warm-up, then a half cosine to zero
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
+            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one view at a time: batch norm must not mix the views
-            z1, z2 = common.gather(z1, z2)  # the rows of all processes, float32
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)
+            common.sum_gradients(model)  # each process has the part that comes from its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

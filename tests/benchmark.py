@@ -1,9 +1,10 @@
 """Time and memory beside the plain way of doing the same, as ratios: python tests/benchmark.py
 
-CPLearn's loss and gradient, blockwise against the formula written down with n × c matrices; one batch of augmented
+CPLearn's loss and gradient, in blocks of codes against the plain formula with n × c matrices; one batch of augmented
 views against torchvision's transforms image by image; expectation maximisation against scikit-learn's; and evaluation
 against its forward passes. Times are medians of alternating runs in one process (evaluation: of one run); peak extra
 memory is that of a process of its own above what the inputs need: its resident set (Linux), on a GPU the allocator's.
+The codes are int8, as in training, so the plain formula's memory includes a float32 copy of them.
 """
 
 import argparse
@@ -22,39 +23,25 @@ from sklearn.mixture import GaussianMixture
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import analyze
 import common
 import evaluate
 
 DEVICE = common.find_device(None)
-cplearn = common.load_method("cplearn")
+cplearn = evaluate.load_method("cplearn")
+LOSSES = {"blocks": cplearn.loss_in_blocks, "plain": cplearn.loss_fn}
 
 
 def inputs(n, f, c):
     rng = torch.Generator().manual_seed(0)
-    h = [math.sqrt(f / n) * torch.nn.functional.normalize(torch.randn(n, f, generator=rng)) for _ in range(2)]
-    h = [x.to(DEVICE).requires_grad_() for x in h]
-    return *h, common.draw_codes("rademacher", f, c, 0).to(DEVICE), f / (math.sqrt(n) * math.log(1e8))
+    z = [math.sqrt(f) * torch.nn.functional.normalize(torch.randn(n, f, generator=rng)) for _ in range(2)]
+    z = [x.to(DEVICE).requires_grad_() for x in z]
+    return *z, cplearn.draw_codes("rademacher", f, c, 0).to(DEVICE), f / math.log((1 - 1e-8 * (c - 1)) / 1e-8)
 
 
-def plain(h1, h2, codes, tau):
-    """Algorithm 1 with Appendix N's prior, averaged over the views, in log space; `codes` already float32."""
-    log_p1, log_p2 = (h1 @ codes / tau).log_softmax(1), (h2 @ codes / tau).log_softmax(1)
-    p1, p2 = log_p1.exp(), log_p2.exp()
-    invariance = -((p1 * log_p2).sum(1).mean() + (p2 * log_p1).sum(1).mean()) / 2
-    prior = 0
-    for log_p in (log_p1, log_p2):
-        log_mean = log_p.logsumexp(0) - math.log(len(log_p))
-        prior = prior + (log_mean.exp() * (log_mean + math.log(codes.shape[1]))).sum() / 2
-    return invariance + prior
-
-
-def blockwise(h1, h2, codes, tau):
-    return cplearn.loss_fn(h1, h2, codes, tau=tau)["loss"]
-
-
-def step(loss, h1, h2, codes, tau):
-    value = loss(h1, h2, codes, tau)
-    return value.detach(), *torch.autograd.grad(value, (h1, h2))
+def step(name, z1, z2, codes, tau):
+    value = LOSSES[name](z1, z2, codes, tau=tau)["loss"]
+    return value.detach(), *torch.autograd.grad(value, (z1, z2))
 
 
 def seconds(function):
@@ -77,13 +64,12 @@ def rival_times(repeats, *functions):
 
 def peak_extra(name, n, f, c):
     """Bytes above the inputs that one step needs at its peak, measured in this process."""
-    h1, h2, codes, tau = inputs(n, f, c)
-    codes = codes.float() if name == "plain" else codes
-    step(globals()[name], h1, h2, codes[:, :2048].contiguous(), tau)
+    z1, z2, codes, tau = inputs(n, f, c)
+    step(name, z1, z2, codes[:, :2048].contiguous(), tau)
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(globals()[name], h1, h2, codes, tau)
+        step(name, z1, z2, codes, tau)
         return torch.cuda.max_memory_allocated() - before
     # The resident set, sampled: the process's high-water mark already lies above what small sizes need.
     resident = [pages()]
@@ -95,7 +81,7 @@ def peak_extra(name, n, f, c):
 
     thread = threading.Thread(target=sample)
     thread.start()
-    step(globals()[name], h1, h2, codes, tau)
+    step(name, z1, z2, codes, tau)
     done.set()
     thread.join()
     return (max(resident) - resident[0]) * resource.getpagesize()
@@ -106,15 +92,15 @@ def evaluation_share():
     those of ResNet-18's forward passes through its 60,000 images, of which 1000 are timed."""
     rng = common.generator(0)
     net = common.build_backbone(argparse.Namespace(backbone="resnet18", width=64, dataset="cifar10", image_size=32))
-    net = net.to(DEVICE, memory_format=torch.channels_last).eval()
-    net.embed = lambda x: {"features": net(x)}
+    model = torch.nn.Module()
+    model.backbone = net.to(DEVICE, memory_format=torch.channels_last)
     images = torch.randint(256, (1000, 3, 32, 32), dtype=torch.uint8, generator=rng).to(DEVICE)
     train, test = ({"features": torch.randn(n, 512, generator=rng).to(DEVICE)} for n in (50_000, 10_000))
     test["embedding"] = torch.randn(10_000, 2048, generator=rng).to(DEVICE)
     labels, half = torch.arange(50_000) % 10, torch.full((3,), 0.5, device=DEVICE)
     data = common.Data(images, labels, images, labels[:10_000], list("0123456789"), half, half)
-    common.extract(net, images[:500], data)
-    forward = 60 * seconds(lambda: common.extract(net, images, data))
+    common.extract(model, images[:500], data, embeddings=False)
+    forward = 60 * seconds(lambda: common.extract(model, images, data, embeddings=False))
     return seconds(lambda: evaluate.evaluate(train, test, data)) / forward
 
 
@@ -124,19 +110,18 @@ def pages():
 
 def main():
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
-    print("CPLearn's loss and gradient: blockwise beside plain")
+    print("CPLearn's loss and gradient: in blocks beside plain")
     print(f"{'(n, f, c)':>20}  {'times faster':>12}  {'memory':>24}  {'gradient differs by':>19}")
     for n, f, c in ((64, 512, 16384), (256, 384, 131072)):
-        h1, h2, codes, tau = inputs(n, f, c)
-        floats = codes.float()
-        fast, slow = (step(blockwise, h1, h2, codes, tau), step(plain, h1, h2, floats, tau))
-        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(fast, slow, strict=True))
-        times = rival_times(7, lambda: step(blockwise, h1, h2, codes, tau), lambda: step(plain, h1, h2, floats, tau))
+        z1, z2, codes, tau = inputs(n, f, c)
+        blocks, plain = (step(name, z1, z2, codes, tau) for name in LOSSES)
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(blocks, plain, strict=True))
+        times = rival_times(7, *(lambda name=name: step(name, z1, z2, codes, tau) for name in LOSSES))
         memory = []
-        for name in ("blockwise", "plain"):
+        for name in LOSSES:
             command = [sys.executable, __file__, name, str(n), str(f), str(c)]
             memory.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20)
-        share = f"{memory[0]:.0f} MiB / {memory[1]:.0f} MiB = 1/{memory[1] / memory[0]:.0f}"
+        share = f"{memory[0]:.0f} MiB / {memory[1]:.0f} MiB = 1/{memory[1] / memory[0]:.1f}"
         print(f"{f'({n}, {f}, {c})':>20}  {times[1] / times[0]:>12.2f}  {share:>24}  {error:>19.0e}")
 
     images = common.draw_shapes(256, 32, 0)[0].to(DEVICE)
@@ -161,7 +146,7 @@ def main():
     on_device = x.to(DEVICE), tuple(part.to(DEVICE) for part in start)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ten steps are not meant to converge
-        times = rival_times(3, lambda: common.fit_mixture(on_device[0], 200, 10, -math.inf, start=on_device[1]),
+        times = rival_times(3, lambda: analyze.fit_mixture(on_device[0], 200, 10, -math.inf, start=on_device[1]),
                             lambda: judge.fit(x.numpy()))  # fmt: skip
     print(f"\nten steps of a mixture of 200 Gaussians: {times[1] / times[0]:.1f} times faster than scikit-learn")
     print(f"\nevaluate.py on CIFAR-10 beyond ResNet-18's forward passes: {evaluation_share():.2f} of their time")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 TOOLS = ("evaluate", "analyze")
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import evaluate  # noqa: E402
 
 # Less than a second per run: three classes of points, a tiny network, and each method's own sizes small too.
 TINY = ["--dataset", "blobs", "--backbone", "mlp", "--device", "cpu", "--projector-dim", "16", "--batch-size", "128"]
@@ -60,7 +60,7 @@ def run(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            (importlib.import_module(script) if script in TOOLS else common.load_method(script)).main()
+            (importlib.import_module(script) if script in TOOLS else evaluate.load_method(script)).main()
         except SystemExit as stop:
             code = stop.code
         return Result(code, *capsys.readouterr())
@@ -86,7 +86,7 @@ def launch(script, *flags, processes=0, cwd=None):
 
 @pytest.fixture(scope="session")
 def methods():
-    return {name: common.load_method(name) for name in METHODS}
+    return {name: evaluate.load_method(name) for name in METHODS}
 
 
 def same_state(a, b):

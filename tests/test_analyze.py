@@ -10,7 +10,7 @@ import torch
 from conftest import OWN, TINY
 from PIL import Image
 
-import common
+import evaluate
 
 QUICK = ["--components", "5", "20", "--device", "cpu"]
 
@@ -127,7 +127,7 @@ def test_codes_are_quasi_orthogonal(run):
         assert abs(entry["rademacher"]["mean"]) < 4 / (64 * pairs) ** 0.5
         assert entry["rademacher"]["variance"] == pytest.approx(1 / 64, rel=6 * (2 / pairs) ** 0.5)
     assert numbers[0]["hadamard"] == {"mean": 0, "variance": 0} and "hadamard" not in numbers[1]
-    codes = common.draw_codes("rademacher", 64, 2048, 0).double().numpy()
+    codes = evaluate.load_method("cplearn").draw_codes("rademacher", 64, 2048, 0).double().numpy()
     cosines = (codes.T @ codes / 64)[~np.eye(2048, dtype=bool)]
     counts, _ = np.histogram(cosines, np.arange(-65, 67, 2) / 64)
     np.testing.assert_allclose(arrays["rademacher_2048"], counts / counts.sum(), atol=1e-12)

@@ -7,6 +7,7 @@ claim is about something else. Where a claim does not hold on the toy, the test 
 `named` are the collapses that `diagnose` finds in most of the seeds: none in a living run.
 """
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -16,7 +17,9 @@ import pytest
 import torch
 from conftest import TINY
 
+import analyze
 import common
+import evaluate
 
 SEEDS = (0, 1, 2)
 
@@ -48,14 +51,18 @@ def train(run, tmp_path, monkeypatch):
     return call
 
 
+def read(folder):
+    """The trained model of a run and its data."""
+    state, cpu = common.load_checkpoint(folder), torch.device("cpu")
+    return evaluate.build_model(state, cpu), common.load_data(argparse.Namespace(**state["args"]), cpu)
+
+
 def diagnosis(folder):
-    """The collapses that are named in a run's test embeddings."""
-    state = common.load_checkpoint(folder)
-    model = common.build_model(state, torch.device("cpu"))
-    data = common.load_data(model.args, torch.device("cpu"))
+    """The collapses that are found in a run's test embeddings."""
+    model, data = read(folder)
     test = common.extract(model, data.test_images, data)
-    inputs = data.test_images[0].numel()
-    report = common.diagnose(test["embedding"], test.get("codes"), test.get("clusters"), inputs)
+    clusters, inputs = evaluate.count_codes(model, test["embedding"]), data.test_images[0].numel()
+    report = analyze.diagnose(test["embedding"], test.get("codes"), clusters, inputs)
     return {mode for mode, entry in report.items() if entry["verdict"] == "collapsed"}
 
 
@@ -112,9 +119,7 @@ def test_barlow_twins_at_lambda_0_lives_through_batch_norm_but_worse(train, tmp_
     assert bare["effective_rank"] < full["effective_rank"]
     assert not bare["named"] and not full["named"]
     for folder in sorted(tmp_path.iterdir()):
-        state = common.load_checkpoint(folder)
-        model = common.build_model(state, torch.device("cpu"))
-        data = common.load_data(model.args, torch.device("cpu"))
+        model, data = read(folder)
         z = common.extract(model, data.images, data)["embedding"]
         after = torch.nn.functional.batch_norm(z, None, None, training=True)
         assert common.center_norm(z) > 0.3 and common.center_norm(after) < 0.15

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import analyze
 import common
 
 
@@ -39,7 +40,7 @@ NAMES = {"D": "dimensional", "C": "cluster", "I": "intracluster"}
 @pytest.mark.parametrize("n, d", [(256, 16), (256, 2048), (1000, 128), (10_000, 16), (10_000, 512), (10_000, 2048)])
 def test_each_collapse_and_overlap_is_named_and_no_other(n, d, modes):
     z, codes = embeddings(n, d, modes)
-    report = common.diagnose(z, codes, 64)
+    report = analyze.diagnose(z, codes, 64)
     assert {m for m, r in report.items() if r["verdict"] == "collapsed"} == {NAMES[mode] for mode in modes}
     assert {r["verdict"] for r in report.values()} <= {"collapsed", "ok"}
     assert all((r["number"] < r["threshold"]) == (r["verdict"] == "collapsed") for r in report.values())
@@ -50,9 +51,9 @@ def test_one_vector_for_all_is_representation_collapse(n, d):
     codes = torch.arange(n) % 64
     for noise in (0, 1e-3):
         z = torch.ones(d) + noise * torch.randn(n, d, generator=common.generator(1))
-        report = common.diagnose(z, codes, 64)
+        report = analyze.diagnose(z, codes, 64)
         assert [r["verdict"] for r in report.values()] == ["collapsed", "implied", "implied", "implied"]
-    report = common.diagnose(torch.zeros(n, d))
+    report = analyze.diagnose(torch.zeros(n, d))
     assert report["representation"]["verdict"] == "collapsed" and report["representation"]["number"] == 0
 
 
@@ -60,29 +61,29 @@ def test_one_vector_for_all_is_representation_collapse(n, d):
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_scale_and_precision_do_not_matter(modes, scale):
     z, codes = embeddings(500, 64, modes, seed=2)
-    verdicts = [r["verdict"] for r in common.diagnose(z, codes, 64).values()]
-    assert [r["verdict"] for r in common.diagnose(scale * z, codes, 64).values()] == verdicts
-    assert [r["verdict"] for r in common.diagnose(z.bfloat16(), codes, 64).values()][1:3] == verdicts[1:3]
+    verdicts = [r["verdict"] for r in analyze.diagnose(z, codes, 64).values()]
+    assert [r["verdict"] for r in analyze.diagnose(scale * z, codes, 64).values()] == verdicts
+    assert [r["verdict"] for r in analyze.diagnose(z.bfloat16(), codes, 64).values()][1:3] == verdicts[1:3]
 
 
 def test_without_codes_cluster_collapse_is_undefined():
-    report = common.diagnose(embeddings(300, 16, "")[0])
+    report = analyze.diagnose(embeddings(300, 16, "")[0])
     assert report["cluster"] == {"number": None, "threshold": 0.5, "verdict": "no codes"}
 
 
 def test_more_codes_than_images():
     """Each image on a code of its own is the most that n images can use of c codes; sqrt(n) codes are the threshold."""
     z = embeddings(1000, 16, "")[0]
-    assert common.diagnose(z, torch.arange(1000) * 16, 16_384)["cluster"]["number"] == pytest.approx(1)
+    assert analyze.diagnose(z, torch.arange(1000) * 16, 16_384)["cluster"]["number"] == pytest.approx(1)
     for used, verdict in ((25, "collapsed"), (40, "ok")):
-        report = common.diagnose(z, torch.arange(1000) % used, 16_384)["cluster"]
+        report = analyze.diagnose(z, torch.arange(1000) % used, 16_384)["cluster"]
         assert report["number"] == pytest.approx(math.log(used) / math.log(1000)) and report["verdict"] == verdict
 
 
 def test_rare_codes_hardly_count():
     """All 64 codes in use, but 937 of 1000 images on one of them: exp(entropy) is 1.7 codes."""
     codes = torch.arange(1000).clamp_max(63)
-    report = common.diagnose(embeddings(1000, 16, "")[0], codes, 64)["cluster"]
+    report = analyze.diagnose(embeddings(1000, 16, "")[0], codes, 64)["cluster"]
     entropy = -(0.937 * math.log(0.937) + 63 * 0.001 * math.log(0.001))
     assert report["number"] == pytest.approx(entropy / math.log(64)) and report["verdict"] == "collapsed"
 
@@ -92,21 +93,21 @@ def test_no_more_dimensions_are_asked_for_than_an_input_has():
     for spread, verdict in (([1.0, 1.0], "ok"), ([1.0, 0.01], "collapsed")):
         z = torch.randn(500, 2, generator=common.generator(0)) * torch.tensor(spread) @ torch.eye(2, 16)
         z[:, 2:] += 0.001 * torch.randn(500, 14, generator=common.generator(1))
-        assert common.diagnose(z)["dimensional"]["verdict"] == "collapsed"
-        assert common.diagnose(z, inputs=2)["dimensional"]["verdict"] == verdict
-    assert common.diagnose(z, inputs=768) == common.diagnose(z)
+        assert analyze.diagnose(z)["dimensional"]["verdict"] == "collapsed"
+        assert analyze.diagnose(z, inputs=2)["dimensional"]["verdict"] == verdict
+    assert analyze.diagnose(z, inputs=768) == analyze.diagnose(z)
 
 
 def test_an_outlier_is_no_cluster():
     z = embeddings(1000, 16, "")[0]
     z[0] = 1e3
-    assert common.diagnose(z)["intracluster"]["verdict"] == "ok"
+    assert analyze.diagnose(z)["intracluster"]["verdict"] == "ok"
 
 
 def test_too_few_embeddings():
     with pytest.raises(ValueError, match="at least 4"):
-        common.diagnose(torch.ones(3, 2))
-    assert common.diagnose(torch.eye(4))["intracluster"]["number"] == pytest.approx(1)
+        analyze.diagnose(torch.ones(3, 2))
+    assert analyze.diagnose(torch.eye(4))["intracluster"]["number"] == pytest.approx(1)
 
 
 def test_cluster_gap_closed_forms():
@@ -114,9 +115,9 @@ def test_cluster_gap_closed_forms():
     line = torch.rand(10_000, 1, generator=common.generator(0), dtype=torch.float64)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     survival = (1 - t[:, None] ** torch.arange(1, 200)).prod(1)
-    assert common.cluster_gap(line) == pytest.approx(t[(survival - 0.5).abs().argmin()].item(), abs=0.03)
+    assert analyze.cluster_gap(line) == pytest.approx(t[(survival - 0.5).abs().argmin()].item(), abs=0.03)
     # Pairs at distance 0.1, each 3 away from the next pair: the jump is from 0.1 to 3.
     pairs = 3.1 * torch.arange(50).repeat_interleave(2) + 0.1 * (torch.arange(100) % 2)
-    assert common.cluster_gap(pairs[:, None]) == pytest.approx(0.1 / 3, rel=1e-4)
-    assert common.cluster_gap(torch.eye(5).repeat(4, 1)) == 0
-    assert common.cluster_gap(torch.ones(10, 3)) == 0
+    assert analyze.cluster_gap(pairs[:, None]) == pytest.approx(0.1 / 3, rel=1e-4)
+    assert analyze.cluster_gap(torch.eye(5).repeat(4, 1)) == 0
+    assert analyze.cluster_gap(torch.ones(10, 3)) == 0

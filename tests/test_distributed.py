@@ -11,24 +11,25 @@ import torch.distributed as dist
 from conftest import METHODS, OWN, ROOT, TINY, launch
 
 import common
+import evaluate
 
-# One call per method: loss_fn's arguments from two views' rows z1, z2 (n, 8) and whatever belongs to no row.
+# One call per method from two views' rows z1, z2 (n, 8), and for prototypes from their scores, as the scripts make it.
 CALLS = {
-    "barlow_twins": lambda m, z1, z2: m.loss_fn(z1, z2),
+    "barlow_twins": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
     "cplearn": lambda m, z1, z2: m.loss_fn(
-        z1, z2, common.draw_codes("rademacher", 8, 40, 0), tau=0.5, beta=0.3, block=16
+        *common.gather(z1, z2), m.draw_codes("rademacher", 8, 40, 0), tau=0.5, beta=0.3
     ),
-    "cplearn cross-entropy": lambda m, z1, z2: m.loss_fn(
-        z1, z2, common.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy"
+    "cplearn in blocks": lambda m, z1, z2: m.loss_in_blocks(
+        *common.gather(z1, z2), m.draw_codes("rademacher", 8, 40, 0), tau=0.5, prior="cross-entropy", block=16
     ),
-    "simclr": lambda m, z1, z2: m.loss_fn(z1, z2, temperature=0.3),
-    "simsiam": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
-    "byol": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3),
-    "dino": lambda m, z1, z2: m.loss_fn(z1, z2, 2 * z1 + 1, z2 - 3, torch.arange(8.0)),
-    "swav": lambda m, z1, z2: m.loss_fn(z1, z2, torch.eye(5, 8, dtype=z1.dtype), torch.ones(4, 2, 8).to(z1)),
-    "vicreg": lambda m, z1, z2: m.loss_fn(z1 / 3, z2 / 3),
-    "wmse": lambda m, z1, z2: (torch.manual_seed(0), m.loss_fn(z1[:, :2], z2[:, :2], part_size=6))[1],
-    "center_vector": lambda m, z1, z2: m.loss_fn(z1, z2),
+    "simclr": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2), temperature=0.3),
+    "simsiam": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2, 2 * z1 + 1, z2 - 3)),
+    "byol": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2, 2 * z1 + 1, z2 - 3)),
+    "dino": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2, 2 * z1 + 1, z2 - 3), torch.arange(8.0)),
+    "swav": lambda m, z1, z2: m.loss_fn(*common.gather(z1.tanh(), z2.tanh()), *torch.ones(2, 4, 8).to(z1)),
+    "vicreg": lambda m, z1, z2: m.loss_fn(*common.gather(z1 / 3, z2 / 3)),
+    "wmse": lambda m, z1, z2: m.loss_fn(*common.gather(z1[:, :2], z2[:, :2]), part_size=6),
+    "center_vector": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
 }
 
 
@@ -41,7 +42,7 @@ def losses_and_gradients(share):
     results = {}
     for name, call in CALLS.items():
         z1, z2 = (z[share].clone().requires_grad_() for z in rows())
-        terms = call(common.load_method(name.split()[0]), z1, z2)
+        terms = call(evaluate.load_method(name.split()[0]), z1, z2)
         terms["loss"].backward()
         results[name] = {k: v.item() for k, v in terms.items()} | {"grad": [z1.grad.tolist(), z2.grad.tolist()]}
     return results
@@ -49,10 +50,10 @@ def losses_and_gradients(share):
 
 def batch_norm(share):
     """Output, input gradient and running statistics of a batch norm over all rows."""
-    norm = common.place(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), torch.device("cpu")).double()
+    norm = common.to_device(torch.nn.Sequential(torch.nn.BatchNorm1d(8)), torch.device("cpu")).double()
     x = rows()[0][share].clone().requires_grad_()
     y = norm(x)
-    (common.gather(y) ** 3 * rows()[1]).sum().backward()
+    (common.gather(y)[0] ** 3 * rows()[1]).sum().backward()
     common.sum_gradients(norm)
     stats = [p.grad.tolist() for p in norm.parameters()] + [norm[0].running_mean.tolist(), norm[0].running_var.tolist()]
     return {"y": y.tolist(), "grad": x.grad.tolist(), "stats": stats}
@@ -71,7 +72,7 @@ if __name__ == "__main__":
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # a second time they could not join
     for method in METHODS:
         sys.argv = [method, *training(method), "--out", f"{folder}/{method}"]
-        common.load_method(method).main()
+        evaluate.load_method(method).main()
     leave()
 
 

@@ -53,9 +53,11 @@ def test_kmeans_is_as_good_as_scikit_learns():
         return sum((x[assigned == k] - x[assigned == k].mean(0)).square().sum().item() for k in np.unique(assigned))
 
     judge = KMeans(8, n_init=10, random_state=0).fit(x.numpy())
-    assert inertia(common.kmeans(x, 8)[0].numpy()) <= 1.02 * judge.inertia_
-    assert common.kmeans(torch.ones(20, 3), 4)[0].shape == (20,)
-    assert common.kmeans(x[:3], 10)[0].unique().numel() == 3
+    assigned, centers = evaluate.kmeans(x, 8)
+    assert inertia(assigned.numpy()) <= 1.02 * judge.inertia_
+    torch.testing.assert_close(centers, torch.stack([x[assigned == k].mean(0) for k in range(8)]))
+    assert evaluate.kmeans(torch.ones(20, 3), 4)[0].shape == (20,)
+    assert evaluate.kmeans(x[:3], 10)[0].unique().numel() == 3
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_data_that_is_not_there_is_one_line(run, one_run, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
     state = torch.load(one_run / "last.pt", weights_only=True)
     args = state["args"] | {"backbone": "resnet8", "dataset": "shapes", "width": 4}
-    model = common.load_method("cplearn").Model(argparse.Namespace(**args))
+    model = evaluate.load_method("cplearn").Model(argparse.Namespace(**args))
     torch.save(state | {"args": args, "model": model.state_dict()}, "images.pt")
     flags = ["images.pt", "--data-dir", "nowhere", "--dataset"]
     assert "cifar10 is not in 'nowhere'" in run("evaluate", *flags, "cifar10").error
@@ -185,7 +187,7 @@ def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
         if row["method"] == "cplearn":
             codes = saved["test_codes"]
         else:
-            codes = common.kmeans(torch.from_numpy(saved["test_features"]), len(counts))[0].numpy()
+            codes = evaluate.kmeans(torch.from_numpy(saved["test_features"]), len(counts))[0].numpy()
         assert row["nmi"] == pytest.approx(normalized_mutual_info_score(labels, codes))
         assert row["ami"] == pytest.approx(adjusted_mutual_info_score(labels, codes))
         assert 0 <= row["shuffled"] <= 1 and 1 <= row["used"] <= len(labels)
@@ -211,9 +213,9 @@ def test_saved_features_are_those_of_the_network(run, one_run):
     net(torch.ones(1, 2))
     net.load_state_dict(state["backbone"])
     (points, labels), (test_points, test_labels) = (common.draw_toy("blobs", n, s) for n, s in ((1500, 0), (600, 1)))
-    head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Identity(), torch.nn.BatchNorm1d(16)).eval()
+    head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)).eval()
     head.load_state_dict({k.removeprefix("head."): v for k, v in state["model"].items() if k.startswith("head.")})
-    codes = common.draw_codes("rademacher", 16, 64, 0).float()
+    codes = evaluate.load_method("cplearn").draw_codes("rademacher", 16, 64, 0).float()
     for split, x, y in (("train", points, labels), ("test", test_points, test_labels)):
         with torch.no_grad():
             features = net((x - points.mean(0)) / points.std(0))

@@ -10,7 +10,9 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KNeighborsClassifier
 
+import analyze
 import common
+import evaluate
 
 
 def test_center_norm_closed_forms():
@@ -54,29 +56,17 @@ def test_average_correlation_is_numpys():
     assert common.average_correlation(column) == 0
 
 
-def test_nmi_and_ami_are_scikit_learns_on_200_random_labelings():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        n = int(rng.integers(2, 300))
-        a, b = (rng.integers(0, rng.integers(1, n + 1), n) for _ in range(2))
-        if rng.random() < 0.3:
-            b = np.where(rng.random(n) < 0.8, a, b)
-        ta, tb = torch.from_numpy(a), torch.from_numpy(b)
-        assert common.nmi(ta, tb) == pytest.approx(normalized_mutual_info_score(a, b), abs=1e-9)
-        assert common.ami(ta, tb) == pytest.approx(adjusted_mutual_info_score(a, b), abs=1e-6)
-
-
 def test_nmi_of_chance_is_shown_and_ami_removes_it():
     """10,000 images of 10 classes on 16,384 random codes: NMI above a third though there is nothing to be found."""
-    rng = common.generator(0)
-    labels, codes = torch.arange(10_000) % 10, torch.randint(16_384, (10_000,), generator=rng)
-    score = common.nmi(codes, labels)
+    rng = np.random.default_rng(0)
+    labels, codes = np.arange(10_000) % 10, rng.integers(16_384, size=10_000)
+    score = normalized_mutual_info_score(labels, codes)
     assert score > 0.33
-    assert common.nmi_shuffled(codes, labels) == pytest.approx(score, abs=5e-3)
-    assert common.ami(codes, labels) == pytest.approx(0, abs=5e-3)
+    assert evaluate.shuffled_nmi(codes, labels) == pytest.approx(score, abs=5e-3)
+    assert adjusted_mutual_info_score(labels, codes) == pytest.approx(0, abs=5e-3)
     sorted_codes = labels * 1000
-    assert common.nmi(sorted_codes, labels) == pytest.approx(1)
-    assert common.nmi_shuffled(sorted_codes, labels) < 0.01
+    assert normalized_mutual_info_score(labels, sorted_codes) == pytest.approx(1)
+    assert evaluate.shuffled_nmi(sorted_codes, labels) < 0.01
 
 
 def test_knn_is_scikit_learns_weighted_vote():
@@ -93,7 +83,14 @@ def test_knn_is_scikit_learns_weighted_vote():
 
 
 def test_used_codes():
-    assert common.used_codes(torch.tensor([5, 5, 7, 100])) == 3
+    """The monitor counts the codes in use. Here the code of a point is its first number."""
+    points = torch.tensor([[5.0, 0], [5, 1], [7, 2], [100, 3]])
+    data = common.Data(points, None, points, None, [], torch.zeros(2), torch.ones(2))
+    model = torch.nn.Module()
+    model.backbone = model.head = torch.nn.Identity()
+    assert "used_codes" not in common.collapse_metrics(model, data)
+    model.scores = lambda z: torch.nn.functional.one_hot(z[:, 0].long(), 128)
+    assert common.collapse_metrics(model, data)["used_codes"] == 3
 
 
 @pytest.mark.parametrize("n, d", [(40, 100), (100, 40)])
@@ -113,20 +110,20 @@ def test_covariance_spectrum_of_a_known_gaussian():
 
 
 def test_spectrum_auc_closed_forms():
-    assert common.spectrum_auc(torch.ones(50)) == pytest.approx(51 / 100)
-    assert common.spectrum_auc(torch.tensor([2.0, 0, 0, 0])) == 1
-    assert common.spectrum_auc(torch.tensor([3.0, 1.0])) == pytest.approx((3 / 4 + 1) / 2)
+    assert analyze.spectrum_auc(torch.ones(50)) == pytest.approx(51 / 100)
+    assert analyze.spectrum_auc(torch.tensor([2.0, 0, 0, 0])) == 1
+    assert analyze.spectrum_auc(torch.tensor([3.0, 1.0])) == pytest.approx((3 / 4 + 1) / 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.5])
 def test_power_law_of_a_constructed_spectrum(alpha):
     ranks = torch.arange(1, 501, dtype=torch.float64)
-    assert common.power_law(7 * ranks**-alpha) == pytest.approx(alpha, abs=1e-9)
+    assert analyze.power_law(7 * ranks**-alpha) == pytest.approx(alpha, abs=1e-9)
     noisy = ranks**-alpha * torch.exp(0.1 * torch.randn(500, generator=common.generator(0)))
-    assert common.power_law(noisy.sort(descending=True).values) == pytest.approx(alpha, abs=0.1)
+    assert analyze.power_law(noisy.sort(descending=True).values) == pytest.approx(alpha, abs=0.1)
     # Directions that are rounding alone do not tilt the line.
-    assert common.power_law(torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])) == pytest.approx(alpha, abs=1e-9)
-    assert math.isnan(common.power_law(torch.tensor([1.0, 0, 0])))
+    assert analyze.power_law(torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])) == pytest.approx(alpha, abs=1e-9)
+    assert math.isnan(analyze.power_law(torch.tensor([1.0, 0, 0])))
 
 
 def gaussian(n, d, seed=0):
@@ -138,29 +135,29 @@ def gaussian(n, d, seed=0):
 def test_logdet_entropy_of_a_gaussian_is_scipys():
     z, covariance = gaussian(50_000, 6)
     expected = multivariate_normal(cov=covariance.numpy()).entropy()
-    assert common.logdet_entropy(z, floor=0) == pytest.approx(expected, abs=0.02)
+    assert analyze.logdet_entropy(z, floor=0) == pytest.approx(expected, abs=0.02)
 
 
 def test_logdet_entropy_is_biased_as_it_says():
     """Too high for what is not Gaussian: log 1 = 0 per dimension of the unit cube; too low for n of the size of d."""
     cube = torch.rand(50_000, 3, generator=common.generator(0))
-    assert common.logdet_entropy(cube, floor=0) / 3 == pytest.approx(
+    assert analyze.logdet_entropy(cube, floor=0) / 3 == pytest.approx(
         0.5 * math.log(2 * math.pi * math.e / 12), abs=0.01
     )
     z, covariance = gaussian(60, 30)
-    assert common.logdet_entropy(z, floor=0) < multivariate_normal(cov=covariance.numpy()).entropy() - 3
+    assert analyze.logdet_entropy(z, floor=0) < multivariate_normal(cov=covariance.numpy()).entropy() - 3
 
 
 def test_pairwise_entropy_closed_forms_and_bounds():
     noise, d = 0.1, 5
     alone = multivariate_normal(cov=noise * np.eye(d)).entropy()
-    assert common.pairwise_entropy(torch.ones(20, d), noise) == pytest.approx((alone, alone))
+    assert analyze.pairwise_entropy(torch.ones(20, d), noise) == pytest.approx((alone, alone))
     far = 100 * torch.eye(d).repeat(2, 1) * torch.tensor([1.0] * d + [-1.0] * d)[:, None]
     expected = alone + math.log(2 * d)
-    assert common.pairwise_entropy(far, noise) == pytest.approx((expected, expected))
+    assert analyze.pairwise_entropy(far, noise) == pytest.approx((expected, expected))
     # A Gaussian with the noise added is known; the bounds are on either side, and within log n.
     z = torch.randn(3000, 2, generator=common.generator(0)) * (1 - noise) ** 0.5
-    lower, upper = common.pairwise_entropy(z, noise)
+    lower, upper = analyze.pairwise_entropy(z, noise)
     assert lower < multivariate_normal(cov=np.eye(2)).entropy() < upper < lower + math.log(3000)
 
 
@@ -175,7 +172,7 @@ def test_mixture_is_scikit_learns_step_by_step():
                                 weights_init=start[0], means_init=start[1], precisions_init=1 / start[2])  # fmt: skip
         with pytest.warns(match="converge"):
             judge.fit(x.numpy())
-        (weights, means, variances), likelihood = common.fit_mixture(x, 6, steps, -1.0, 1e-3, start)
+        (weights, means, variances), likelihood = analyze.fit_mixture(x, 6, steps, -1.0, 1e-3, start)
         assert likelihood == pytest.approx(judge.lower_bound_, abs=1e-9)
         np.testing.assert_allclose(weights.numpy(), judge.weights_, rtol=1e-6)
         np.testing.assert_allclose(means.numpy(), judge.means_, atol=1e-6)
@@ -186,33 +183,33 @@ def test_mixture_in_float32_fits_as_well_as_scikit_learn():
     """From its own start, 50 components on 2,000 points of 30 dimensions: within 2 % of scikit-learn's likelihood."""
     rng = common.generator(4)
     x = torch.randn(40, 30, generator=rng)[torch.randint(40, (2000,), generator=rng)]
-    x = common.unit_variance(x + 0.7 * torch.randn(2000, 30, generator=rng))
+    x = analyze.unit_variance(x + 0.7 * torch.randn(2000, 30, generator=rng))
     judge = GaussianMixture(50, covariance_type="diag", reg_covar=1e-3, random_state=0).fit(x.numpy())
-    mixture, likelihood = common.fit_mixture(x, 50)
+    mixture, likelihood = analyze.fit_mixture(x, 50)
     assert likelihood == pytest.approx(judge.lower_bound_, rel=0.02)
     sampled = -judge.score_samples(judge.sample(10_000)[0]).mean()
-    assert common.mixture_entropy(mixture) == pytest.approx(sampled, rel=0.02)
+    assert analyze.mixture_entropy(mixture) == pytest.approx(sampled, rel=0.02)
 
 
 def test_mixture_entropy_closed_forms():
     one = torch.ones(1), torch.zeros(1, 3), torch.tensor([[4.0, 1.0, 0.25]])
     expected = multivariate_normal(cov=np.diag([4.0, 1.0, 0.25])).entropy()
-    assert common.mixture_entropy(one) == pytest.approx(expected, abs=0.05)
+    assert analyze.mixture_entropy(one) == pytest.approx(expected, abs=0.05)
     # Components far apart add the entropy of the choice among them.
     shares = torch.tensor([0.5, 0.25, 0.25])
     apart = shares, 1000 * torch.eye(3), torch.tensor([[4.0, 1.0, 0.25]]).expand(3, 3)
-    assert common.mixture_entropy(apart) == pytest.approx(expected + 1.5 * math.log(2), abs=0.05)
+    assert analyze.mixture_entropy(apart) == pytest.approx(expected + 1.5 * math.log(2), abs=0.05)
 
 
 def test_mixture_of_a_known_gaussian_has_its_entropy():
     z = torch.randn(20_000, 8, generator=common.generator(5)) * torch.linspace(0.5, 2, 8)
     expected = multivariate_normal(cov=np.diag(np.linspace(0.5, 2, 8) ** 2)).entropy()
-    assert common.mixture_entropy(common.fit_mixture(z, 10)[0]) == pytest.approx(expected, abs=0.1)
+    assert analyze.mixture_entropy(analyze.fit_mixture(z, 10)[0]) == pytest.approx(expected, abs=0.1)
 
 
 def test_unit_variance():
     z = 7 + 0.01 * torch.randn(500, 20, generator=common.generator(0)) * torch.linspace(1, 9, 20)
-    scaled = common.unit_variance(z)
+    scaled = analyze.unit_variance(z)
     assert scaled.var(0, correction=0).mean() == pytest.approx(1, abs=1e-4)
     assert scaled.mean(0).abs().max() < 1e-5
-    assert not common.unit_variance(torch.full((10, 4), 0.1)).any()
+    assert not analyze.unit_variance(torch.full((10, 4), 0.1)).any()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-import common
+import evaluate
 
 EPS = 1e-8
 
@@ -93,7 +93,7 @@ def temperature(n, f, c):
 
 def hadamard(c):
     """As many orthogonal codes as dimensions: W^T W = f I with c = f."""
-    return common.draw_codes("hadamard", c, c, seed=0).double().numpy()
+    return evaluate.load_method("cplearn").draw_codes("hadamard", c, c, seed=0).double().numpy()
 
 
 def loss_of(methods, h1, h2, w, beta):
@@ -187,7 +187,7 @@ def test_eq_5(f):
     """Two Rademacher codes have a cosine of mean 0 and variance 1/f. The cosines of different pairs are independent two
     by two, and a square's variance is 2 (f - 1) / f^3, so both standard errors are known."""
     c = 16384
-    w = common.draw_codes("rademacher", f, c, seed=0).double().numpy()
+    w = evaluate.load_method("cplearn").draw_codes("rademacher", f, c, seed=0).double().numpy()
     assert ((w * w).sum(0) == f).all()
     # Sums over all ordered pairs, from f × f matrices, less the c cosines of 1 of a code with itself.
     pairs = c * (c - 1)
