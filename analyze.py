@@ -76,7 +76,7 @@ def power_law(spectrum):
 def unit_variance(z):
     """z (n, d) centered and scaled to a mean variance of 1 over its dimensions, float32: what entropies are taken of,
     so that methods of all scales compare. Zeros where z is constant."""
-    z = common.as_float64(z)
+    z = z.detach().double()
     scale = common.covariance_spectrum(z).sum() / z.shape[1]
     return ((z - z.mean(0)) * (scale.rsqrt() if scale > 0 else 0)).float()
 
@@ -85,7 +85,7 @@ def logdet_entropy(z, floor=1e-3):
     """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)). Exact if z is
     Gaussian and n >> d, else too high, the Gaussian being the widest of its covariance; few points make it too low."""
     spectrum = common.covariance_spectrum(z)
-    spectrum = nn.functional.pad(
+    spectrum = torch.nn.functional.pad(
         spectrum, (0, z.shape[1] - len(spectrum))
     )  # no variance where there are too few points for any
     return (spectrum + floor).log().sum().item() / 2 + z.shape[1] * _GAUSS
@@ -96,7 +96,7 @@ def pairwise_entropy(z, noise=0.1):
     of the mixture of n Gaussians around its points: ½ d log(2πe noise) - mean_i log mean_j exp(-D_ij) with the
     Bhattacharyya and the Kullback-Leibler distance (Kolchinsky and Tracey, 2017, Eqs. 10 and 13). Both are right within
     log n, and tell little once all points are further apart than the noise."""
-    z = common.as_float64(z)
+    z = z.detach().double()
     base, n = z.shape[1] * (_GAUSS + math.log(noise) / 2), len(z)
     sums = [0.0, 0.0]
     for part in z.split(1000):
@@ -133,7 +133,9 @@ def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
     """
     if start is None:
         start = _mixture_of(
-            x, nn.functional.one_hot(evaluate.kmeans(x, k, restarts=1, iterations=10)[0], min(k, len(x))).to(x), floor
+            x,
+            torch.nn.functional.one_hot(evaluate.kmeans(x, k, restarts=1, iterations=10)[0], min(k, len(x))).to(x),
+            floor,
         )
     mixture, before = start, -math.inf
     for _ in range(iterations):
@@ -165,7 +167,7 @@ def cluster_gap(z, queries=1000):
     Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of uniform U, and more in more
     dimensions; clusters whose points are 20 times closer to one another than to the rest have 0.05. It needs no
     assignments, so that it works for every method; 0 where all points are one."""
-    z = common.as_float64(z)
+    z = z.detach().double()
     some = common.evenly_spaced(z, queries)
     distance = torch.cdist(z[some], z)
     distance[torch.arange(len(some), device=z.device), some] = -1  # the point itself comes first

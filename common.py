@@ -1,13 +1,11 @@
-"""What the training scripts share: data, augmentation, backbones, collapse metrics, processes and the run.
-
-Nothing here knows a method.
+"""What the training scripts share. Nothing here knows a method.
 
 Data          load_data, two_views          images as uint8 on the device, and two augmented views of each batch
 Augmentation  draw_augmentation, augment    random parameters for each image, applied to a whole batch at once
 Backbones     build_backbone, frozen_copy   resnet8, resnet18, resnet50, vit_small, mlp
 Metrics       collapse_metrics, extract     center norm, effective rank, correlation, used codes, kNN accuracy
 Processes     gather, sum_gradients         several processes compute what one process with the whole batch would
-Run           parse_args, start, Run        flags, optimizer, seeds, run folder, log, checkpoint, resume
+Run           parse_args, start, open_run   flags, optimizer, seeds, run folder, log, checkpoint, resume
 """
 
 import argparse
@@ -72,8 +70,7 @@ n02108089 n03424325 n01855672 n02090622
 
 @dataclass
 class Data:
-    """uint8 images (N, 3, H, W), or float32 points (N, 2), with int64 labels (N,); `mean` and `std` of the training set,
-    for each channel, of pixels in [0, 1]."""
+    """uint8 images (N, 3, H, W) or float32 points (N, 2), int64 labels (N,), `mean` and `std` of pixels in [0, 1]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -85,11 +82,10 @@ class Data:
 
     def normalise(self, images):
         """A batch as the network sees it without augmentation: float32, mean 0, standard deviation 1."""
-        images = images.to(self.mean.device)
         if images.ndim == 2:
-            return (images - self.mean) / self.std
-        images = (images / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
-        return images.contiguous(memory_format=torch.channels_last)
+            return (images.to(self.mean.device) - self.mean) / self.std
+        x = (images.to(self.mean.device) / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def load_data(args, device):
@@ -105,8 +101,7 @@ def load_data(args, device):
     else:
         train, test, classes = read_torchvision(args)
     sample = train[0][:: 1 + train[0].nbytes // 50_000_000]  # a part of a large set is enough
-    toy = args.dataset in TOYS
-    std, mean = torch.std_mean(sample if toy else sample / 255, dim=0 if toy else (0, 2, 3))
+    std, mean = torch.std_mean(sample, 0) if sample.ndim == 2 else torch.std_mean(sample / 255, (0, 2, 3))
     if device.type != "cuda" or train[0].nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         train, test = ([t.to(device) for t in split] for split in (train, test))
     return Data(*train, *test, classes, mean.to(device), std.clamp_min(1e-3).to(device))
@@ -137,41 +132,40 @@ def read_torchvision(args):
 
 
 def read_folder(root, size, dataset):
-    """The images of root/train/<class>/ and root/{val,test}/<class>/ as memory-mapped uint8, and the class names. With
-    dataset "imagenet100" only the 100 published classes of an ImageNet folder are read."""
-    test = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-    if not test or not (root / "train").is_dir():
-        fail(f"no images under {str(root)!r}: --data-dir must hold train/<class>/* and val/<class>/* or test/<class>/*")
-    folders = {s: {p.name for p in (root / s).iterdir() if p.is_dir() and p.name[0] != "."} for s in ("train", test)}
-    classes = sorted(IMAGENET100 if dataset == "imagenet100" else folders["train"])
-    extra = folders[test] - folders["train"]
-    if extra and dataset == "folder":
-        fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
+    """The images of root/train/<class>/ and root/{val,test}/<class>/ as memory-mapped uint8, and the class names; with
+    dataset "imagenet100" those of the 100 published classes of an ImageNet folder."""
 
     def is_image(path):
         return Path(path).suffix.lower() in IMAGE_ENDINGS and not Path(path).name.startswith(".")
 
-    found = {}
-    for split in ("train", test):
-        indices = {name: i for i, name in enumerate(classes)}
-        found[split] = make_dataset(root / split, indices, is_valid_file=is_image, allow_empty=True)
-        needed = classes if split == "train" or dataset == "imagenet100" else folders[test] or ["<class>"]
-        empty = set(needed) - {classes[label] for _, label in found[split]}
-        if empty or not classes:
-            first = str(root / split / min(empty, default="<class>"))
-            fail(f"class folder {first!r} of --dataset {dataset} holds no images; add some or remove the folder")
-    splits = []
-    for split, pairs in found.items():
+    test, splits = "val" if (root / "val").is_dir() else "test", []
+    try:
+        folders = {
+            s: {p.name for p in (root / s).iterdir() if p.is_dir() and p.name[0] != "."} for s in ("train", test)
+        }
+        classes = sorted(IMAGENET100 if dataset == "imagenet100" else folders["train"])
+        if dataset == "folder" and folders[test] - folders["train"]:
+            fail(f"{str(root / test)!r} has class {min(folders[test] - folders['train'])!r}, which train/ lacks")
+        for split in ("train", test):
+            names = classes if dataset == "imagenet100" else folders[split]
+            indices = {name: classes.index(name) for name in sorted(names)}
+            splits.append((split, make_dataset(root / split, indices, is_valid_file=is_image)))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        rule = "--data-dir must hold images in train/<class>/* and val/<class>/* or test/<class>/*"
+        fail(f"no images under {str(root)!r}: {error}; {rule}")
+    parts = []
+    for split, pairs in splits:
         with rank_zero_first():
             images = decode_images(root, split, [Path(path) for path, _ in pairs], size)
-        splits.append((images, torch.tensor([label for _, label in pairs])))
-    return *splits, classes
+        parts.append((images, torch.tensor([label for _, label in pairs])))
+    return *parts, classes
 
 
 def decode_images(root, split, files, size):
-    """Images as a memory-mapped array (n, 3, size, size): the shorter side resized to `size`, antialiased, and the center
-    cut out. They are decoded once into root/.cache-<size>, which is written whole, then renamed, and written again when a
-    file's name, size or time has changed."""
+    """Images as a memory-mapped array (n, 3, size, size): shorter side resized to `size`, antialiased, center cut out.
+
+    They are decoded once into root/.cache-<size>. It is written whole, then renamed, and again when files have changed.
+    """
     stats = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
     cache = root / f".cache-{size}" / f"{split}-{key}.npy"
@@ -192,21 +186,18 @@ def decode_images(root, split, files, size):
                 return files[i]
 
         try:
-            # Threads, not processes: Pillow decodes and resizes without holding the interpreter's lock.
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor() as pool:  # not processes: Pillow works without the interpreter's lock
                 done = pool.map(decode, range(len(files)))
-                bar = tqdm(done, f"decode {split}", len(files), disable=None, leave=False)
-                unreadable = [str(path) for path in bar if path]
-            if unreadable:
-                fail(f"{len(unreadable)} unreadable image(s), the first is {unreadable[0]!r}; replace or remove")
+                bad = [str(p) for p in tqdm(done, f"decode {split}", len(files), disable=None, leave=False) if p]
+            if bad:
+                fail(f"{len(bad)} unreadable image(s), the first is {bad[0]!r}; replace or remove")
             array.flush()
             os.replace(part, cache)
         finally:
             part.unlink(missing_ok=True)
         for old in set(cache.parent.glob(f"{split}-*.npy")) - {cache}:
             old.unlink()
-    # Copy-on-write, because torch wants writable memory. Nothing is ever written.
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))
+    return torch.from_numpy(np.load(cache, mmap_mode="c"))  # copy-on-write: torch wants writable memory
 
 
 def draw_toy(name, n, seed):
@@ -254,8 +245,8 @@ SHAPES = {
 
 
 def draw_shapes(n, size, seed):
-    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,). Size, place, rotation,
-    tint, background and noise vary. Tints are faint, because a color that survives the augmentation is learned first."""
+    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,). Size, place,
+    rotation, tint, background and noise vary. Tints are faint: a color that survives augmentation is learned first."""
     rng = generator(seed)
 
     def uniform(low, high, *shape):
@@ -283,9 +274,8 @@ def draw_shapes(n, size, seed):
 def two_views(data, args, views, epoch, first=0):
     """Two augmented views (x1, x2) of each batch of an epoch, from step `first` on, without the last, short batch.
 
-    `views` holds each view's changes to `--augment strong`. For the toys the two views are two points of one class.
-    All depends only on the seed, the epoch and the step, so a resumed run sees the same batches. Each of several
-    processes gets its share of a batch; together they get what one process would.
+    `views` holds each view's changes to `--augment strong`. For the toys the views are two points of one class. All
+    depends only on seed, epoch and step, so a resumed run sees the same batches. A process gets its share of a batch.
     """
     n, size = len(data.labels), args.batch_size
     order = torch.randperm(n, generator=generator(args.seed, epoch))
@@ -295,38 +285,32 @@ def two_views(data, args, views, epoch, first=0):
         index = order[step * size : (step + 1) * size]
         draw = generator(args.seed, epoch, step)
         if data.images.ndim == 2:
-            partners = draw_partners(data.labels.cpu(), index, draw)
+            # The other view is a random point of the same class, whose points stand together in `by_class`.
+            labels = data.labels.cpu()
+            by_class, count = torch.argsort(labels, stable=True), torch.bincount(labels)
+            place = (torch.rand(size, generator=draw) * count[labels[index]]).long()
+            partners = by_class[(count.cumsum(0) - count)[labels[index]] + place]
             yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
             continue
         images = data.images[index[mine].to(data.images.device)].to(data.mean.device)
         pair = []
         for changes in views:
-            settings = AUGMENT[args.augment] | (changes if args.augment == "strong" else {})
-            settings |= OWN_AUGMENT.get(args.dataset, {})
+            changes = (changes if args.augment == "strong" else {}) | OWN_AUGMENT.get(args.dataset, {})
+            settings = AUGMENT[args.augment] | changes
             parameters = draw_augmentation(size, settings, args.image_size, draw)
             pair.append(augment(images, {k: v[mine] for k, v in parameters.items()}, data.mean, data.std))
         yield tuple(pair)
 
 
-def draw_partners(labels, index, draw):
-    """For each point of `index` (n,) a random point of its class: the index of its other view."""
-    order = torch.argsort(labels, stable=True)
-    count = torch.bincount(labels)
-    own = labels[index]
-    return order[(count.cumsum(0) - count)[own] + (torch.rand(len(index), generator=draw) * count[own]).long()]
-
-
 # --- augmentation
 
-# What the settings mean:
 # scale, ratio       area and aspect ratio of a random resized crop, as shares of the image
-# padding            a plain random crop of the image, reflected at its border by so many pixels
+# padding            instead, a shift by up to so many pixels of the image reflected at its border
 # jitter, jitter_p   strengths for brightness, contrast, saturation and hue, and the probability of any jitter
-# flip, grayscale    probabilities
-# blur, solarize     probabilities; images below 64 pixels are not blurred, as in SimCLR on CIFAR-10
+# flip, grayscale, blur, solarize    probabilities; images below 64 pixels are not blurred, as in SimCLR on CIFAR-10
 # noise              standard deviation of Gaussian noise, added after normalisation
-# "strong" is BYOL's (Grill et al., 2020, Table 6), whose blur and solarization differ between the two views: a script's
-# VIEWS adds them. "weak" is CPLearn's for ResNet-8 (Sansone et al., 2025).
+# "strong" is BYOL's (Grill et al., 2020, Table 6), without the blur and solarization that differ between its two views:
+# a script's VIEWS adds them. "weak" is CPLearn's for ResNet-8 (Sansone et al., 2025).
 AUGMENT = {
     "strong": {"scale": (0.08, 1), "ratio": (3 / 4, 4 / 3), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8,
                "flip": 0.5, "grayscale": 0.2, "blur": 0, "solarize": 0, "noise": 0},
@@ -338,8 +322,8 @@ OWN_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
 
 
 def draw_augmentation(n, settings, size, draw):
-    """Random parameters for `n` augmentations of size × size images, as a dict of CPU tensors with n rows each: crop (top,
-    left, height, width), flip, grayscale, solarize (yes or no), brightness, contrast, saturation (factors), hue (turns),
+    """Random parameters for `n` augmentations of size × size images, as a dict of CPU tensors with n rows: crop (top,
+    left, height, width), flip, grayscale, solarize (yes, no), brightness, contrast, saturation (factors), hue (turns),
     order of these four (one for the batch), sigma of the blur (pixels, 0: none), noise (standard deviation)."""
 
     def uniform(low, high, *shape):
@@ -377,8 +361,8 @@ def draw_augmentation(n, settings, size, draw):
 def augment(images, parameters, mean, std):
     """uint8 images (n, 3, size, size) augmented and standardised, float32, each image with its own parameters.
 
-    Each result is what torchvision's functional resized_crop, horizontal_flip, adjust_*, rgb_to_grayscale, gaussian_blur,
-    solarize and normalize give. Beyond its border, a crop sees the image reflected.
+    Each result is what torchvision's functional resized_crop, horizontal_flip, adjust_*, rgb_to_grayscale,
+    gaussian_blur, solarize and normalize give. Beyond its border, a crop sees the image reflected.
     """
     order = parameters["order"][0].tolist()  # read while it is on the CPU, so that nothing waits for the device
     parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items()}
@@ -503,8 +487,8 @@ class ResNet(torchvision.models.ResNet):
 
 
 class ResNet8(nn.Module):
-    """Eight 3 × 3 convolutions in four residual blocks without batch norm ("Collapse-Proof ...", 2025, Table 5). The last
-    activation is not in the table. The GAN discriminators that the network comes from have it."""
+    """Eight 3 × 3 convolutions in four residual blocks without batch norm ("Collapse-Proof ...", 2025, Table 5). The
+    last activation is not in the table. The GAN discriminators that the network comes from have it."""
 
     def __init__(self, width):
         super().__init__()
@@ -533,21 +517,16 @@ def frozen_copy(model):
 # --- collapse metrics
 
 
-def as_float64(z):
-    """z without gradient in float64, on the CPU if the device has no float64."""
-    return z.detach().to("cpu" if z.device.type == "mps" else z.device, torch.float64)
-
-
 def center_norm(z):
-    """Norm of the mean of the L2-normalised embeddings z (n, d), in [0, 1]. 1 means that all embeddings point the same way:
-    representation collapse ("The Common Stability Mechanism ...", Section 2, calls this mean the center vector)."""
-    return F.normalize(as_float64(z), dim=1).mean(0).norm().item()
+    """Norm of the mean of the L2-normalised embeddings z (n, d), in [0, 1]: 1 is representation collapse. ("The Common
+    Stability Mechanism ...", Section 2, calls this mean the center vector.)"""
+    return F.normalize(z.detach().double(), dim=1).mean(0).norm().item()
 
 
 def covariance_spectrum(z):
     """Eigenvalues of the covariance Σ_i (z_i - mean)(z_i - mean)ᵀ / n of z (n, d), largest first, float64: the
     min(n - 1, d) that can differ from 0 ("Preventing Collapses ...", Section 4)."""
-    z = as_float64(z)
+    z = z.detach().double()
     rounding = 1e-6 * z.abs().max()
     z = z - z.mean(0)
     if z.abs().max() <= rounding:
@@ -564,9 +543,9 @@ def effective_rank(z):
 
 
 def average_correlation(z):
-    """Mean absolute correlation of two dimensions of z (n, d), in [0, 1] ("Preventing Collapses ...", Section 5.1; whether
-    it takes absolute values is not said). A constant dimension counts as correlated with every other: 1."""
-    z = as_float64(z)
+    """Mean absolute correlation of two dimensions of z (n, d), in [0, 1] ("Preventing Collapses ...", Section 5.1, with
+    absolute values). A constant dimension counts as correlated with every other: 1."""
+    z = z.detach().double()
     rounding = 1e-6 * z.abs().max()
     z = z - z.mean(0)
     constant = z.abs().amax(0) <= rounding
@@ -578,9 +557,9 @@ def average_correlation(z):
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
-    """Accuracy of weighted k-nearest-neighbour classification of `queries` (m, d) by `bank` (n, d), with integer labels.
+    """Accuracy of weighted k-nearest-neighbour classification of `queries` (m, d) by `bank` (n, d), labels integers.
 
-    Each of the k neighbours by cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018, 3.4).
+    Each of the k neighbours by cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018).
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
@@ -597,8 +576,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
-    """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: `features`,
-    and with `embeddings` also `embedding`, which the loss acts on, and assigned `codes` if the method has codes."""
+    """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
+    `features`; with `embeddings` also the `embedding`, which the loss acts on, and assigned `codes`, if it has any."""
     training = model.training
     model.eval()
     parts = []
@@ -611,7 +590,8 @@ def extract(model, images, data, embeddings=True, batch_size=500):
             part["codes"] = torch.cat([model.scores(z).argmax(1) for z in part["embedding"].split(64)])
         parts.append(part)
     model.train(training)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {k: v.cpu() for k, v in out.items()} if data.mean.device.type == "mps" else out  # mps has no float64
 
 
 def evenly_spaced(images, limit):
@@ -636,12 +616,10 @@ def collapse_metrics(model, data):
 
 def knn_monitor(model, data):
     """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images."""
-    features, labels = [], []
-    for images, label, limit in ((data.images, data.labels, 5_000), (data.test_images, data.test_labels, 2_000)):
-        some = evenly_spaced(images, limit)
-        features.append(extract(model, images[some], data, embeddings=False)["features"])
-        labels.append(label[some])
-    return knn_accuracy(features[0], labels[0], features[1], labels[1])
+    some, others = evenly_spaced(data.images, 5000), evenly_spaced(data.test_images, 2000)
+    bank = extract(model, data.images[some], data, embeddings=False)["features"]
+    queries = extract(model, data.test_images[others], data, embeddings=False)["features"]
+    return knn_accuracy(bank, data.labels[some], queries, data.test_labels[others])
 
 
 # --- processes
@@ -766,17 +744,15 @@ integer = functools.partial(number, kind=int)
 def add_shared_flags(parser):
     """The flags of all methods. Each script gives `optimizer`, `lr` and `weight_decay` its own defaults."""
     flag = parser.add_argument
-    flag("--dataset", choices=DATASETS, default="cifar10", help="cifar10, cifar100, svhn: downloaded once; imagenet100, "
-         "folder: your images; shapes: ten drawn shapes; blobs, moons: points in the plane, a run takes seconds. The "
-         "last three need no download and bring smaller sizes")
-    flag("--data-dir", default="data", help="where images are or will be; a folder holds train/<class>/*, val/<class>/*")
+    flag("--dataset", choices=DATASETS, default="cifar10", help="cifar10, cifar100, svhn: downloaded; imagenet100, "
+         "folder: your images; shapes, blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds")
+    flag("--data-dir", default="data", help="where images are or will be; a folder has train/<class>/*, val/<class>/*")
     flag("--image-size", type=integer(8), default=32, help="side in pixels")
     flag("--backbone", choices=["resnet8", "resnet18", "resnet50", "vit_small", "mlp"], default="resnet18",
          help="blobs and moons need mlp, all images one of the others")
-    flag("--width", type=integer(1), help="channels of the first stage; 16 makes a ResNet that a laptop can train "
-         "[resnet8: 128, resnet18, resnet50: 64, vit_small: 384, mlp: 64]")
+    flag("--width", type=integer(1), help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]")
     flag("--projector-dim", type=integer(4), default=2048, help="width of the projector")
-    flag("--augment", choices=["strong", "weak"], default="strong", help="weak: small shifts, rare color changes, noise")
+    flag("--augment", choices=["strong", "weak"], default="strong", help="weak: small shifts, rare color jitter, noise")
     flag("--epochs", type=integer(1), default=200, help="passes over the data; with --resume, more prolong a run")
     flag("--batch-size", type=integer(2), default=256, help="images in a step, of all processes together")
     flag("--optimizer", choices=["sgd", "adam", "lars"], help="sgd and lars have momentum 0.9")
@@ -785,8 +761,8 @@ def add_shared_flags(parser):
     flag("--warmup-epochs", type=number(0), help="epochs of warm-up [10, but at most a tenth of the epochs]")
     flag("--seed", type=integer(0), default=0, help="of the weights, the order and the augmentation")
     flag("--device", choices=["cuda", "mps", "cpu"], help="[cuda if there is one, else mps, else cpu]")
-    flag("--precision", choices=["bf16", "fp32"], help="of the network, the loss is always float32; bf16 is faster on "
-         "GPUs and on CPUs with AVX512-BF16 or AMX, slower on other CPUs [cuda: bf16, else fp32]")
+    flag("--precision", choices=["bf16", "fp32"], help="of the network, not the loss [cuda: bf16, else fp32]; bf16 is "
+         "slower on CPUs without AVX512-BF16 or AMX")
     flag("--compile", action="store_true", help="compile the network with torch.compile: slow start, faster steps")
     flag("--eval-every", type=integer(1), default=10, help="epochs between measurements of kNN accuracy")
     flag("--save-every", type=integer(1), default=1, help="epochs between checkpoints")
@@ -796,8 +772,8 @@ def add_shared_flags(parser):
 
 
 def parse_args(file, doc, add_flags, sizes):
-    """The checked flags of the script `file`, with its name as `method`. `add_flags(parser)` adds the method's own flags;
-    `sizes` holds their values on small data sets, by name of the set."""
+    """The checked flags of the script `file`, with its name as `method`: all methods' and those of `add_flags(parser)`.
+    `sizes` holds the method's values on small data sets, by name of the set."""
     parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
     own, shared = parser.add_argument_group("flags of this method"), parser.add_argument_group("flags of all methods")
     add_shared_flags(shared)
@@ -845,43 +821,31 @@ def start(args):
     return device
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each weight w is scaled by eta |w| / |g| (You, Gitman and Ginsburg, 2017). g is the
-    gradient with weight decay; eta is that of the published Barlow Twins and VICReg runs. Biases and norms, which have one
-    dimension, are neither scaled nor decayed."""
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                step = p.grad
-                if p.ndim > 1:
-                    step = step.add(p, alpha=group["weight_decay"])
-                    w, g = p.norm(), step.norm()
-                    step = step * torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                p.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(step), alpha=group["lr"])
-
-
 def build_optimizer(model, args):
-    """The optimizer `args.optimizer` over all parameters that learn, with weight decay on weights only."""
+    """The optimizer `args.optimizer` over all parameters that learn, with weight decay on weights only.
+
+    LARS (You, Gitman and Ginsburg, 2017) is SGD with the gradient g of each weight w, decay included, scaled by
+    0.001 |w| / |g|, as in the published Barlow Twins and VICReg runs.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if args.optimizer == "lars":
-        return LARS(groups, args.lr)
-    fused = parameters[0].device.type == "cuda"
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
-    return torch.optim.Adam(groups, args.lr, fused=fused)
+
+    @torch.no_grad()
+    def scale(*_):
+        for w in (w for w in weights if w.grad is not None):
+            w.grad.add_(w, alpha=args.weight_decay)
+            ratio = 0.001 * w.norm() / w.grad.norm()
+            w.grad.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
+
+    lars, fused = args.optimizer == "lars", parameters[0].device.type == "cuda"
+    groups = [{"params": weights, "weight_decay": 0.0 if lars else args.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, args.lr, fused=fused)
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
+    if lars:
+        optimizer.register_step_pre_hook(scale)
+    return optimizer
 
 
 def atomic_write(path, write):
@@ -920,7 +884,7 @@ def open_run(args, model, optimizer, data):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
     if rank() == 0:
-        run.open_log()
+        run.begin_log()
     run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
     return run
 
@@ -942,7 +906,7 @@ class Run:
         self.total_steps = args.epochs * self.steps_per_epoch
         warmup = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
         self.warmup = max(1, round(warmup * self.steps_per_epoch))  # in steps
-        self.step, self.sums, self.stop_signal = 0, {}, 0
+        self.step, self.sums, self.lines, self.stop_signal = 0, {}, [], 0
         self.checkpoint, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
 
     @property
@@ -968,40 +932,36 @@ class Run:
             self.check_finite(self.means(steps))
         self.bar.update()
         if steps < self.steps_per_epoch:  # at the end of an epoch `end_epoch` stops, after its metrics
-            self.stop_if_told()
+            self.stop_if_told(ask=self.step % 10 == 0)
 
     def end_epoch(self, epoch, metrics):
         """Writes the epoch's line to the log and the screen, and the checkpoint. Stops like `end_step`."""
-        done, seconds = epoch + 1, time.perf_counter() - self.began
-        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"]}
-        line |= self.means(self.steps_per_epoch) | metrics
+        done, last, seconds = epoch + 1, epoch + 1 == self.args.epochs, time.perf_counter() - self.began
+        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"]} | self.means(self.steps_per_epoch) | metrics
         self.check_finite(line)
         line["images_per_second"] = (self.step - self.first) * self.args.batch_size / seconds
-        last = done == self.args.epochs
         if rank() == 0:
             if done % self.args.eval_every == 0 or last:
                 line["knn"] = knn_monitor(self.model, self.data)
-            with open(self.log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.write_log(line)
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("epoch", "lr", "images_per_second"))
             tqdm.write(f"epoch {done}/{self.args.epochs}  {shown}")
         self.sums = {}
         if done % self.args.save_every == 0 or last:
             self.save()
         if not last:
-            self.stop_if_told(now=True)
+            self.stop_if_told(ask=True)
 
     def finish(self):
         """Prints what the run has come to, and the next command."""
         self.bar.close()
         if rank() == 0:
-            lines = [json.loads(line) for line in self.log.read_text().splitlines()[1:]]
-            before, after = lines[0], lines[-1]
-            print(f"\nkNN accuracy  {before['knn']:.3f} untrained, {after['knn']:.3f} trained")
-            for name in ("center_norm", "effective_rank", "correlation", "used_codes"):
+            before, after = self.lines[1], self.lines[-1]
+            print()
+            for name in ("knn", "center_norm", "effective_rank", "correlation", "used_codes"):
                 if name in after:
-                    print(f"{name:<13} {before[name]:.4g} untrained, {after[name]:.4g} trained")
-            print(f"\nnext: python evaluate.py --init {self.checkpoint}")
+                    print(f"{name:<14} {before[name]:.3g} untrained, {after[name]:.3g} trained")
+            print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1011,26 +971,25 @@ class Run:
 
     def check_finite(self, values):
         """Stops the run if a value is infinite or NaN. The last checkpoint stays."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
-                epoch = (self.step - 1) // self.steps_per_epoch + 1
-                self.bar.close()
-                print(f"{self.args.method}: {name} is {value} in epoch {epoch}{kept}", file=sys.stderr)
-                sys.exit(1)
+        for name in (name for name, value in values.items() if not math.isfinite(value)):
+            kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
+            epoch = (self.step - 1) // self.steps_per_epoch + 1
+            self.bar.close()
+            print(f"{self.args.method}: {name} is {values[name]} in epoch {epoch}{kept}", file=sys.stderr)
+            sys.exit(1)
 
     def on_signal(self, number, frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
-    def stop_if_told(self, now=False):
-        """Saves and exits if a signal has come. Processes agree on the step, but do not ask each other at every step."""
-        if world_size() > 1 and (now or self.step % 10 == 0):
+    def stop_if_told(self, ask):
+        """Saves and exits if a signal has come. Several processes `ask` each other first, to stop at the same step."""
+        if world_size() > 1 and not ask:
+            return
+        if world_size() > 1:
             flag = torch.tensor(int(self.stop_signal), device=self.data.mean.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.stop_signal = flag.item()
-        elif world_size() > 1:
-            return
         if self.stop_signal:
             self.check_finite(self.means(1))
             self.save()
@@ -1041,32 +1000,30 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(128 + self.stop_signal)
 
-    def open_log(self):
-        """Writes the log of a new run: a header and the metrics of the untrained network. Of a run that goes on, keeps
-        the lines up to the checkpoint: later ones, or ones cut off by a crash, are of steps that will be done again."""
-        if self.step and self.log.exists():
-            header, *lines = self.log.read_text().splitlines()
-            done = self.step // self.steps_per_epoch
-            lines = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= done]
-        else:
+    def begin_log(self):
+        """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
+        if not self.lines:
             versions = {"python": platform.python_version(), "torch": torch.__version__}
             versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
             device = torch.cuda.get_device_name() if self.data.mean.is_cuda else self.data.mean.device.type
             about = {"args": vars(self.args), "versions": versions, "device": device, "processes": world_size()}
-            knn = knn_monitor(self.model, self.data)
-            header = json.dumps({"argv": sys.argv} | about)
-            lines = [json.dumps({"epoch": 0, "knn": knn} | collapse_metrics(self.model, self.data))]
+            untrained = {"knn": knn_monitor(self.model, self.data)} | collapse_metrics(self.model, self.data)
+            self.lines = [{"argv": sys.argv} | about, {"epoch": 0} | untrained]
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.log, lambda file: file.write("".join(x + "\n" for x in (header, *lines)).encode()))
+            self.write_log()
         except OSError as error:
             fail(f"cannot write to the run folder {str(self.log.parent)!r}: {error.strerror}")
+
+    def write_log(self, *new):
+        self.lines += new
+        atomic_write(self.log, lambda file: file.writelines(json.dumps(x).encode() + b"\n" for x in self.lines))
 
     def save(self):
         """Writes the checkpoint: tensors, numbers and strings only."""
         if rank() == 0:
             state = {
-                "method": self.args.method, "args": vars(self.args),
+                "method": self.args.method, "args": vars(self.args), "lines": self.lines,
                 "epoch": self.step // self.steps_per_epoch, "step": self.step, "sums": self.sums,
                 "model": self.model.state_dict(), "backbone": self.model.backbone.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
@@ -1082,10 +1039,9 @@ class Run:
         now, then = vars(self.args), state["args"]
         if state["method"] != self.args.method:
             fail(f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: choose another --out")
-        for name in now.keys() - self.MAY_CHANGE:
-            if now[name] != then.get(name):
-                flag = f"--{name.replace('_', '-')} {then.get(name)}, not {now[name]}"
-                fail(f"{self.checkpoint} has {flag}: change it or choose another --out")
+        for name in (name for name in now.keys() - self.MAY_CHANGE if now[name] != then.get(name)):
+            flag = f"--{name.replace('_', '-')} {then.get(name)}, not {now[name]}"
+            fail(f"{self.checkpoint} has {flag}: change it or choose another --out")
         if state["step"] > self.total_steps:
             fail(f"{self.checkpoint} has done {state['epoch']} epochs already, more than --epochs {self.args.epochs}")
         try:
@@ -1094,7 +1050,8 @@ class Run:
         except (KeyError, ValueError, RuntimeError) as error:
             fail(f"{self.checkpoint} does not fit this model: {str(error).splitlines()[0]}")
         device = self.data.mean.device
-        self.step, self.sums = state["step"], {k: v.to(device) for k, v in state["sums"].items()}
+        self.step, self.lines = state["step"], state["lines"]
+        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_cuda"])

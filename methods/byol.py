@@ -88,11 +88,11 @@ def main():
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
-            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32, all processes' rows, gradient for own rows
+            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32 rows of all processes
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process has the part that comes from its own rows
+            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
             optimizer.step()
             model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
             run.step += 1

@@ -8,14 +8,15 @@ the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, 1/c is uniform, mean
 are `invariance` and `prior`. tau = f / log((1 - eps(c-1)) / eps), eps = 1e-8: z = w_j has w_jᵀz = f, other products
 near 0, so p_j = 1 - eps(c-1).
 
-What prevents collapse: the prior, as one sharp code for all costs log c; batch norm, as equal z with nearly uniform p
-would cost no more than the start; many codes, c >> f: random codes are nearly orthogonal, so z in few dimensions are
-close to few codes, and equal use needs all f (the paper's argument). `--beta 10` outweighs the prior, `--no-batchnorm`
-removes the norm. What to expect: a start near beta log c. Sharp codes cost log(c/n), as n images use at most n. If beta
-log c is less, as by default, p stays soft and the loss falls little. At beta 1 the start ties with one code for all.
+What prevents collapse: the prior, as one sharp code for all costs log c; batch norm, which keeps z different: equal z
+with nearly uniform p cost no more than the start; many codes, c >> f: random codes are nearly orthogonal, z in few
+dimensions are close to few codes, so equal use needs all f (the paper's argument). `--beta 10` outweighs the prior.
+What to expect: a start near beta log c, p being nearly uniform. n images use at most n codes, so sharp p cost log(c/n).
+Where beta log c is less, as by default, p stays soft: kNN rises, the loss falls little. At beta 1 start and one code
+tie.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's prior, KL, not Eq. 2's CE (see `--prior`). In Eq. 1 sqrt(n) cancels.
+Departs from the paper: Appendix N's prior; Eq. 2's is CE(1/c, mean p). The 1/sqrt(n) in its z and tau cancels.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -39,7 +40,9 @@ def add_flags(parser):
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.25, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
-    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="KL or CE above")
+    parser.add_argument(
+        "--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="KL(mean p || 1/c)"
+    )
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
     parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
 
@@ -93,9 +96,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = (
-            math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
-        )  # authors' code: only tau has it
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # only in the authors' tau
         self.tau = d / sharper / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -123,12 +124,12 @@ def main():
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
+            z1, z2 = common.gather(z1, z2)  # float32 rows of all processes
             loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
             terms = loss(z1, z2, model.codes, tau=model.tau, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process has the part that comes from its own rows
+            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
             optimizer.step()
             run.step += 1
             run.end_step(terms)

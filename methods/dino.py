@@ -4,14 +4,14 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_k q_k log p_k                              (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student
 
-s and t are the student's and the teacher's scores of a view: cosines of its embedding with k learned prototypes. 1 and
-2 are the views of image i. m rises from `--momentum` to 1. The loss is `entropy` H(q, q) plus `divergence` KL(q || p).
+s and t are the student's and the teacher's scores of a view, 1 or 2: cosines with k prototypes, each has its own. m
+rises from `--momentum` to 1. The loss is `entropy` H(q, q), 0 or log k in collapse, plus `divergence` KL(q||p).
 
 What prevents collapse: the center lowers prototypes that win for all images; alone it makes q uniform. A low teacher
-temperature sharpens q; alone it lets one prototype win. `--no-centering`, `--teacher-temperature 1` remove them.
+temperature sharpens q; alone it lets one prototype win. `--no-centering` and `--teacher-temperature 1` remove them.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
-Departs from the paper: no small crops, 4096 prototypes, not 65536, Adam, constant temperature, no clipping or freezing.
+Departs from the paper: no small crops, 4096 prototypes, not 65536, Adam, constant temperature, no gradient clipping.
 Run: python methods/dino.py
 """
 
@@ -42,7 +42,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
-    """Eq. 3 of student and teacher scores (n, k) of n images and center (k,): `loss`, `entropy`, `divergence`."""
+    """Eq. 3 of cosines (n, k) and the center (k,), which the caller updates: `loss`, `entropy`, `divergence`."""
     log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
     log_p1, log_p2 = ((s / temperature).log_softmax(1) for s in (s1, s2))
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
@@ -93,14 +93,12 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 y1, y2 = model.teacher(x1), model.teacher(x2)
-            s1, s2 = common.gather(
-                model.scores(z1), model.scores(z2)
-            )  # float32, all processes' rows, gradient for own rows
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows of all processes
             t1, t2 = common.gather(model.teacher.scores(y1), model.teacher.scores(y2))
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process has the part that comes from its own rows
+            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
             optimizer.step()
             model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

@@ -76,11 +76,11 @@ def main():
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32, all processes' rows, gradient for own rows
+            z1, z2 = common.gather(z1, z2)  # float32 rows of all processes
             terms = loss_fn(z1, z2, temperature=args.temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process has the part that comes from its own rows
+            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -4,13 +4,13 @@
     q = Sinkhorn(s): from exp(s / 0.05), repeat three times: divide columns by their sums, then rows by theirs  (Eq. 3)
 
 s (n, k) are the scores of one view of n images: cosines of embeddings (rows) with k learned prototypes (columns). q is
-the target, without gradient. As n < k, Sinkhorn also sees the scores of a queue of earlier embeddings.
+the target, without gradient. As batches are small, a queue of earlier embeddings joins in Sinkhorn.
 
-What prevents collapse: columns of equal sums, so images cannot all take one prototype. Equal scores mean uniform q and
-a loss of log k; sharp q cost less. `--no-sinkhorn`: q = softmax(s / 0.05). `--freeze-prototypes` does no harm.
+What prevents collapse: columns of equal sums, so images cannot all take one prototype. If all images had equal scores,
+q would be uniform and the loss log k; it falls only if images differ. `--no-sinkhorn` takes q = softmax(s / 0.05).
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, Adam instead of LARS, prototypes and queue are in use from the first step on.
+Departs from the paper: no small crops, Adam instead of LARS, prototypes never frozen, queue used as soon as it is full.
 Run: python methods/swav.py
 """
 
@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of scores (n, k), cosines, and those of a queue (m, k), m may be 0: scalars `loss`, `loss12`, `loss21`."""
+    """Eq. 2 of cosines (n, k) and a queue's (m, k), m may be 0: `loss`, `loss12` (q1 and p2) and `loss21`."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
@@ -92,15 +92,13 @@ def main():
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            s1, s2 = common.gather(
-                model.scores(z1), model.scores(z2)
-            )  # float32, all processes' rows, gradient for own rows
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows of all processes
             m = args.queue if run.step * args.batch_size >= args.queue else 0  # the queue is used once it is full
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process has the part that comes from its own rows
+            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

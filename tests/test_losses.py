@@ -521,7 +521,7 @@ def test_sinkhorn_shares(methods):
 
 
 def test_swav_queue_and_prototypes(methods, run, monkeypatch):
-    """The queue holds the embeddings of the last steps and joins once it is full. Prototypes are always unit vectors."""
+    """The queue holds the last embeddings and joins once it is full. Prototypes are always unit vectors."""
     used, seen, loss_fn = [], [], methods["swav"].loss_fn
     networks, model_class = [], methods["swav"].Model
 

@@ -1,5 +1,6 @@
 """A run can be stopped, killed and resumed, and refuses what it cannot do in one line before anything is written."""
 
+import argparse
 import json
 import signal
 import time
@@ -142,13 +143,16 @@ def test_optimizers_learn_and_resume(optimizer, run, tmp_path):
 
 
 def test_lars_step_is_its_equation():
-    """v <- 0.9 v + eta |w| / |g + wd w| (g + wd w), w <- w - lr v; biases plain."""
-    torch.manual_seed(0)
-    w, b = torch.randn(3, 2, requires_grad=True), torch.randn(3, requires_grad=True)
-    optimizer = common.LARS([{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.1}], lr=0.5)
+    """v <- 0.9 v + eta |w| / |g + wd w| (g + wd w), w <- w - lr v; biases plain, and a weight of norm 0 too."""
+    args = argparse.Namespace(optimizer="lars", lr=0.5, weight_decay=0.1)
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(2, 2, bias=False))
+    torch.nn.init.zeros_(layers[1].weight)
+    w, b, zero = layers.parameters()
+    optimizer = common.build_optimizer(layers, args)
     vw, vb, ew, eb = 0, 0, w.detach().clone(), b.detach().clone()
-    for _ in range(3):
+    for step in range(3):
         w.grad, b.grad = torch.randn(3, 2), torch.randn(3)
+        zero.grad = torch.ones(2, 2) if step == 0 else None
         g = w.grad + 0.1 * ew
         vw = 0.9 * vw + 0.001 * ew.norm() / g.norm() * g
         vb = 0.9 * vb + b.grad
@@ -156,6 +160,8 @@ def test_lars_step_is_its_equation():
         optimizer.step()
         torch.testing.assert_close(w.detach(), ew)
         torch.testing.assert_close(b.detach(), eb)
+        if step == 0:
+            torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.5))
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
