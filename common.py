@@ -32,7 +32,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets.folder import make_dataset
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -138,21 +138,19 @@ def read_folder(root, size, dataset):
     def is_image(path):
         return Path(path).suffix.lower() in IMAGE_ENDINGS and not Path(path).name.startswith(".")
 
-    test, splits = "val" if (root / "val").is_dir() else "test", []
+    split, test, splits = "train", "val" if (root / "val").is_dir() else "test", []
     try:
-        folders = {
-            s: {p.name for p in (root / s).iterdir() if p.is_dir() and p.name[0] != "."} for s in ("train", test)
-        }
+        folders = {s: [name for name in find_classes(root / s)[0] if name[0] != "."] for s in ("train", test)}
         classes = sorted(IMAGENET100 if dataset == "imagenet100" else folders["train"])
-        if dataset == "folder" and folders[test] - folders["train"]:
-            fail(f"{str(root / test)!r} has class {min(folders[test] - folders['train'])!r}, which train/ lacks")
+        extra = set(folders[test]) - set(folders["train"])
+        if extra and dataset == "folder":
+            fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
         for split in ("train", test):
-            names = classes if dataset == "imagenet100" else folders[split]
-            indices = {name: classes.index(name) for name in sorted(names)}
+            indices = {name: classes.index(name) for name in (folders[split] if dataset == "folder" else classes)}
             splits.append((split, make_dataset(root / split, indices, is_valid_file=is_image)))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        rule = "--data-dir must hold images in train/<class>/* and val/<class>/* or test/<class>/*"
-        fail(f"no images under {str(root)!r}: {error}; {rule}")
+    except (OSError, ValueError) as error:
+        rule = "--data-dir must hold images in train/<class>/* and in val/<class>/* or test/<class>/*"
+        fail(f"no images in {str(root / split)!r} ({str(error)[:90]}): {rule}")
     parts = []
     for split, pairs in splits:
         with rank_zero_first():
@@ -960,7 +958,8 @@ class Run:
             print()
             for name in ("knn", "center_norm", "effective_rank", "correlation", "used_codes"):
                 if name in after:
-                    print(f"{name:<14} {before[name]:.3g} untrained, {after[name]:.3g} trained")
+                    shown = "kNN accuracy" if name == "knn" else name
+                    print(f"{shown:<14} {before[name]:<6.3g} untrained, {after[name]:.3g} trained")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1003,7 +1002,7 @@ class Run:
     def begin_log(self):
         """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
         if not self.lines:
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
             versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
             device = torch.cuda.get_device_name() if self.data.mean.is_cuda else self.data.mean.device.type
             about = {"args": vars(self.args), "versions": versions, "device": device, "processes": world_size()}

@@ -12,8 +12,7 @@ What prevents collapse: the prior, as one sharp code for all costs log c; batch 
 with nearly uniform p cost no more than the start; many codes, c >> f: random codes are nearly orthogonal, z in few
 dimensions are close to few codes, so equal use needs all f (the paper's argument). `--beta 10` outweighs the prior.
 What to expect: a start near beta log c, p being nearly uniform. n images use at most n codes, so sharp p cost log(c/n).
-Where beta log c is less, as by default, p stays soft: kNN rises, the loss falls little. At beta 1 start and one code
-tie.
+Where beta log c is less, as by default, p stays soft: kNN rises, loss hardly falls. At beta 1 start and one code tie.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: Appendix N's prior; Eq. 2's is CE(1/c, mean p). The 1/sqrt(n) in its z and tau cancels.
@@ -60,7 +59,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl"):
     return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
 
 
-def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=4096):
+def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=32768):
     """loss_fn in blocks of codes, each computed again for the gradient, so that no matrix (n, c) is held."""
     n, c, z, checkpoint = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
     blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
@@ -104,7 +103,7 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return torch.cat([z @ w.to(z) for w in self.codes.split(4096, 1)], 1) / self.tau
+        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1) / self.tau
 
 
 # --- training

@@ -187,5 +187,5 @@ def test_data_that_is_not_there_leaves_no_half_report(run):
     flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
     assert run("simclr", *flags, "--batch-size", "500", "--projector-dim", "16", "--epochs", "1").code == 0
     result = run("analyze", "runs/simclr-shapes-seed0", "--dataset", "folder", "--data-dir", "gone", "--out", "report")
-    assert "no images under 'gone'" in result.error
+    assert "no images in 'gone/train'" in result.error
     assert not Path("report").exists()
