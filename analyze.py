@@ -1,23 +1,23 @@
 """Did it collapse, and how? Collapse modes, spectra, entropies and pictures of one or several checkpoints.
 
     python analyze.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0
-    python analyze.py --codes 128 128 16384 --out codes        a dictionary of codes alone, no checkpoint
+    python analyze.py --codes 128 128 16384 --out codes        random codes alone, without a checkpoint
 
-DIR/report.html holds it all and opens in any browser; beside it are the pictures as PNG, the numbers as report.json and
-the arrays behind the curves as report.npz.
+DIR/report.html holds everything and opens in any browser. Beside it are the pictures as PNG, the numbers as report.json
+and the arrays behind the curves as report.npz.
 
-diagnosis   the four collapses of "Collapse-Proof Non-Contrastive Self-Supervised Learning", each a number in [0, 1],
-            below its threshold means collapse; `diagnose` below defines them
-spectra     eigenvalues of the covariance of embeddings and features over their mean squared norm (Figure 6a there)
-entropy     of Gaussian mixtures of more and more components fitted to the embeddings, by 10,000 draws (Figure 6b);
-            lower where they huddle in clusters. In nats per dimension, of embeddings scaled to a mean variance of 1
-matrices    correlation of the embedding's dimensions, and cosines of the images sorted by cluster (Figure 4)
-curves      what training logged, each loss term and metric, on linear and on logarithmic axes (Figures 12a and 16)
+diagnosis   the four collapses of "Collapse-Proof Non-Contrastive Self-Supervised Learning". Each is a number in [0, 1].
+            Below its threshold the mode has collapsed. `diagnose` defines the numbers
+spectra     eigenvalues of the covariance of embeddings and features, divided by their mean squared norm (Figure 6a)
+entropy     of Gaussian mixtures with more and more components, fitted to the embeddings, from 10,000 draws (Figure 6b).
+            It is low where embeddings form tight clusters. In nats for each dimension, at a mean variance of 1
+matrices    correlations of the embedding's dimensions, and cosines of the images sorted by cluster (Figure 4)
+curves      what training logged: each loss term and metric, on linear and on logarithmic axes (Figures 12a and 16)
 t-SNE       of the features, coloured by class (Figure 12c)
 nearest     the images nearest to the most used codes, prototypes or k-means centers
 
-Everything is measured on un-augmented test images with the network in eval mode. Embeddings are of the layer the loss
-acts on, in their own number of dimensions; checkpoints of different data are compared as they are, each on its own.
+All is measured on un-augmented test images, with the network in eval mode. Embeddings are of the layer that the loss
+acts on. Checkpoints of different data sets are each measured on their own.
 """
 
 import argparse
@@ -59,13 +59,15 @@ plt.rcParams.update({
 
 def spectrum_auc(spectrum):
     """Area under the cumulative share of a spectrum (m,), largest first, as a mean over its ranks (Li, Efros and
-    Pathak, 2022): (m + 1) / 2m if it is flat, 1 if one direction has it all; NaN if all is 0."""
+    Pathak, 2022). It is (m + 1) / 2m for a flat spectrum, 1 for one direction, NaN if all is 0."""
     return (spectrum.cumsum(0) / spectrum.sum()).mean().item()
 
 
 def power_law(spectrum):
-    """The exponent alpha of spectrum_i ~ i^-alpha (Ghosh et al., 2022): least squares in logarithms over the ranks
-    above 1e-7 of the first, weighted 1 / i so that each octave counts alike. NaN where fewer than two are."""
+    """The exponent alpha of spectrum_i ~ i^-alpha (Ghosh et al., 2022), by least squares in logarithms.
+
+    Ranks below 1e-7 of the first are left out. Weights 1 / i make octaves count alike. NaN for fewer than two ranks.
+    """
     values = spectrum[spectrum > 1e-7 * spectrum[0]].log()
     x = torch.arange(1, len(values) + 1, device=values.device).to(values).log()
     weight = (-x).softmax(0)
@@ -74,30 +76,36 @@ def power_law(spectrum):
 
 
 def unit_variance(z):
-    """z (n, d) centered and scaled to a mean variance of 1 over its dimensions, float32: what entropies are taken of,
-    so that methods of all scales compare. Zeros where z is constant."""
+    """z (n, d) centered and scaled to a mean variance of 1 over its dimensions, float32. Zeros where z is constant.
+
+    Entropies are taken of it, so that embeddings of all scales compare.
+    """
     z = z.detach().double()
     scale = common.covariance_spectrum(z).sum() / z.shape[1]
     return ((z - z.mean(0)) * (scale.rsqrt() if scale > 0 else 0)).float()
 
 
 def logdet_entropy(z, floor=1e-3):
-    """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)). Exact if z is
-    Gaussian and n >> d, else too high, the Gaussian being the widest of its covariance; few points make it too low."""
+    """Entropy in nats of a Gaussian with the covariance of z (n, d): ½ Σ_j log(2πe (lambda_j + floor)).
+
+    It is exact if z is Gaussian and n >> d. Else it is too high, because of all distributions with one covariance the
+    Gaussian has the highest entropy. Few points make it too low.
+    """
     spectrum = common.covariance_spectrum(z)
-    spectrum = torch.nn.functional.pad(
-        spectrum, (0, z.shape[1] - len(spectrum))
-    )  # no variance where there are too few points for any
-    return (spectrum + floor).log().sum().item() / 2 + z.shape[1] * _GAUSS
+    missing = z.shape[1] - len(spectrum)  # directions in which too few points have no variance
+    spectrum = torch.nn.functional.pad(spectrum, (0, missing))
+    return (spectrum + floor).log().sum().item() / 2 + z.shape[1] * GAUSS
 
 
 def pairwise_entropy(z, noise=0.1):
-    """Lower and upper bound, in nats, of the entropy of z (n, d) with Gaussian noise of variance `noise` added, that is
-    of the mixture of n Gaussians around its points: ½ d log(2πe noise) - mean_i log mean_j exp(-D_ij) with the
-    Bhattacharyya and the Kullback-Leibler distance (Kolchinsky and Tracey, 2017, Eqs. 10 and 13). Both are right within
-    log n, and tell little once all points are further apart than the noise."""
+    """Lower and upper bound, in nats, of the entropy of z (n, d) with Gaussian noise of variance `noise` added.
+
+    With noise z is a mixture of n Gaussians around its points. The bounds are ½ d log(2πe noise) - mean_i log mean_j
+    exp(-D_ij), with D the Bhattacharyya and the Kullback-Leibler distance (Kolchinsky and Tracey, 2017, Eqs. 10, 13).
+    Both are right within log n. They tell little where all points are further apart than the noise.
+    """
     z = z.detach().double()
-    base, n = z.shape[1] * (_GAUSS + math.log(noise) / 2), len(z)
+    base, n = z.shape[1] * (GAUSS + math.log(noise) / 2), len(z)
     sums = [0.0, 0.0]
     for part in z.split(1000):
         distance = torch.cdist(part, z).square()
@@ -106,17 +114,17 @@ def pairwise_entropy(z, noise=0.1):
     return tuple(base + total / n for total in sums)
 
 
-_GAUSS = (math.log(2 * math.pi) + 1) / 2  # entropy of a Gaussian of variance 1, in nats
+GAUSS = (math.log(2 * math.pi) + 1) / 2  # entropy of a Gaussian of variance 1, in nats
 
 
-def _log_joint(x, weights, means, variances):
+def log_joint(x, weights, means, variances):
     """log(weight_k N(x_i; mean_k, variance_k)), (n, k)."""
     precision = 1 / variances
     quadratic = (x * x) @ precision.T - 2 * x @ (means * precision).T + (means * means * precision).sum(1)
     return weights.log() - (quadratic + variances.log().sum(1) + x.shape[1] * math.log(2 * math.pi)) / 2
 
 
-def _mixture_of(x, shares, floor):
+def mixture_of(x, shares, floor):
     """Weights, means and variances of components that own `shares` (n, k) of the points x (n, d)."""
     count = shares.sum(0) + 10 * torch.finfo(x.dtype).eps
     means = shares.T @ x / count[:, None]
@@ -125,24 +133,21 @@ def _mixture_of(x, shares, floor):
 
 
 def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
-    """A Gaussian mixture of `k` components of diagonal covariance fitted to x (n, d) by expectation maximisation:
-    (weights (k,), means (k, d), variances (k, d)), and its mean log-likelihood in nats before the last step.
+    """A Gaussian mixture of `k` components with diagonal covariance, fitted to x (n, d) by expectation maximisation.
 
-    `floor` is added to each variance, so that a component of one point does not shrink to it. Starts at the mixture
-    `start`, or from k-means; ends once the log-likelihood gains less than `tolerance`.
+    Returns (weights (k,), means (k, d), variances (k, d)) and its mean log-likelihood in nats before the last step.
+    `floor` is added to each variance, so that a component of one point keeps some. The fit starts at the mixture
+    `start`, or from k-means, and ends when the log-likelihood gains less than `tolerance`.
     """
     if start is None:
-        start = _mixture_of(
-            x,
-            torch.nn.functional.one_hot(evaluate.kmeans(x, k, restarts=1, iterations=10)[0], min(k, len(x))).to(x),
-            floor,
-        )
+        assigned = evaluate.kmeans(x, k, restarts=1, iterations=10)[0]
+        start = mixture_of(x, torch.nn.functional.one_hot(assigned, min(k, len(x))).to(x), floor)
     mixture, before = start, -math.inf
     for _ in range(iterations):
-        joint = _log_joint(x, *mixture)
+        joint = log_joint(x, *mixture)
         total = joint.logsumexp(1, keepdim=True)
         likelihood = total.mean().item()
-        mixture = _mixture_of(x, (joint - total).exp(), floor)
+        mixture = mixture_of(x, (joint - total).exp(), floor)
         if likelihood - before < tolerance:
             break
         before = likelihood
@@ -150,23 +155,26 @@ def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
 
 
 def mixture_entropy(mixture, samples=10_000):
-    """Entropy of a Gaussian mixture in nats by Monte Carlo, -mean log p over draws from it ("Collapse-Proof ...",
-    Section 4). Unbiased for the mixture, which itself is narrower than the data the more components it has for them."""
+    """Entropy of a Gaussian mixture in nats by Monte Carlo, -mean log p over draws ("Collapse-Proof ...", Section 4).
+
+    It is unbiased for the mixture. The mixture itself is narrower than the data, the more components it has for them.
+    """
     weights, means, variances = mixture
     rng = common.generator(0)
     chosen = torch.multinomial(weights.cpu().double(), samples, replacement=True, generator=rng).to(means.device)
     noise = torch.randn(samples, means.shape[1], generator=rng).to(means)
     x = means[chosen] + variances[chosen].sqrt() * noise
-    return -_log_joint(x, weights, means, variances).logsumexp(1).mean().item()
+    return -log_joint(x, weights, means, variances).logsumexp(1).mean().item()
 
 
 def cluster_gap(z, queries=1000):
-    """How much embeddings z (n, d) vary within clusters: the largest jump in a point's distances r_1 <= r_2 <= ... to
-    the others, as min_k r_k / r_{k+1} over its nearest nine tenths; the median over up to `queries` points.
+    """How much embeddings z (n, d) vary within clusters, from 0 (not at all). It needs no assignments.
 
-    Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of uniform U, and more in more
-    dimensions; clusters whose points are 20 times closer to one another than to the rest have 0.05. It needs no
-    assignments, so that it works for every method; 0 where all points are one."""
+    For a point with distances r_1 <= r_2 <= ... to the others it is min_k r_k / r_{k+1}, the largest jump, over the
+    nearest nine tenths. The result is the median over up to `queries` points. Points without clusters have 0.36 in one
+    dimension, where the ratios are U^(1/k) of uniform U, and more in more dimensions. Clusters with points 20 times
+    closer to one another than to the rest have 0.05.
+    """
     z = z.detach().double()
     some = common.evenly_spaced(z, queries)
     distance = torch.cdist(z[some], z)
@@ -178,22 +186,21 @@ def cluster_gap(z, queries=1000):
 
 
 def diagnose(z, codes=None, clusters=None, inputs=None):
-    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) embeddings z (n, d) suffer, with the codes or
-    prototypes (n,) of `clusters` that a clustering method assigned, for images (or points) of `inputs` numbers each:
-    {mode: {"number", "threshold", "verdict"}}.
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d) suffer.
 
-    Each number is in [0, 1], and below its threshold the mode has collapsed:
+    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `inputs` is how many numbers an image (or a
+    point) has. Returns {mode: {"number", "threshold", "verdict"}}. Each number is in [0, 1]. Below its threshold the
+    mode has collapsed:
 
-    representation  1 - center_norm², the variance of the directions; 0.2 means a center vector of 0.89
-    dimensional     log(effective rank) / log(dimensions); 0.5: the effective rank is the root of what could be
-    cluster         log(effective codes) / log(clusters), effective = exp of the entropy of their use; 0.5 likewise
-    intracluster    `cluster_gap`; 0.05: most points are 20 times closer to their own cluster than to the next
+    representation  1 - center_norm², the variance of the directions. 0.2 means a center vector of length 0.89
+    dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of the dimensions
+    cluster         log(effective codes) / log(clusters), with exp of the entropy of their use as effective codes
+    intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than to the next
 
-    No more dimensions than n - 1, no more clusters than n and no higher rank than `inputs` are asked for: embeddings of
-    points in a plane that span a plane have lost no dimension. Where all embeddings are one vector there are no
-    dimensions, clusters or variability either: these verdicts are "implied". Without codes cluster collapse, which is
-    assignment to few of the prototypes, is undefined: verdict "no codes", number None. Raises ValueError for fewer than
-    four embeddings.
+    Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for, because embeddings of
+    points in a plane that span a plane have lost nothing. Where all embeddings are one vector, the other verdicts are
+    "implied". Without codes, cluster collapse is undefined: verdict "no codes", number None. Raises ValueError for
+    fewer than four embeddings.
     """
     thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}
     n, d = z.shape

@@ -2,26 +2,27 @@
 
     python evaluate.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0 --init
 
-linear    test accuracy of a linear classifier on the backbone's standardised features: Adam, lr 0.01, 100 epochs
-          (the protocol of "Collapse-Proof Non-Contrastive Self-Supervised Learning", Appendix I, which names no
-          batch size), batches of 2000 for speed, last epoch
-knn       test accuracy of 200 cosine neighbours in the training set, weighted exp(similarity / 0.1)
-nmi       normalised mutual information of test labels with the assigned codes or prototypes of a clustering method,
-          or with k-means on the features (k = classes) of any other
-shuffled  the NMI that the same assignments score in random order: with many codes chance alone scores high
-ami       mutual information adjusted for chance: 0 for random assignments, 1 for perfect ones
-used      clusters in use on the test set, of how many, and whose
-rank      effective rank of the test embeddings, of how many dimensions
+linear    test accuracy of a linear classifier on the backbone's features, standardised. It is trained with Adam at
+          learning rate 0.01 for 100 epochs ("Collapse-Proof Non-Contrastive Self-Supervised Learning", Appendix I), in
+          batches of 2000, because the paper names no batch size and large ones are fast. The last epoch counts.
+knn       test accuracy of weighted k-nearest-neighbour classification: 200 training images by cosine similarity, each
+          with weight exp(similarity / 0.1)
+nmi       normalised mutual information of the test labels with the assigned codes or prototypes. For a method without
+          any: with the clusters of k-means on the features, as many as there are classes
+shuffled  the NMI of the same assignments in random order. With many codes chance alone scores high
+ami       adjusted mutual information: 0 for random assignments, 1 for perfect ones
+used      how many clusters the test images use, of how many, and whose they are
+rank      effective rank of the test embeddings, of how many dimensions. It is 0 for a constant embedding
 
-Where all images are of one class, linear and knn are 1, and nmi, shuffled and ami are 1 if all test images are in one
-cluster too, else 0, which is scikit-learn's convention. The rank of a constant embedding is 0.
+Where all images are of one class, linear and knn are 1. Then nmi, shuffled and ami are 1 if all test images are in one
+cluster too, else 0, which is scikit-learn's convention.
 
 `--init` adds each network as it was before training, so that every number has a floor.
 
-`--save-features DIR` writes for each row DIR/<run>-<method>-<dataset>-<trained or untrained>.npz (numbered where two
-rows have the same name) with what a probe of your own needs: train_features and test_features (n, d) of the backbone,
-train_embedding and test_embedding (what the loss acts on), train_labels and test_labels (n,), for clustering methods
-train_codes and test_codes (n,), and checkpoint, its path. `--json` then gives the file as "saved".
+`--save-features DIR` writes a file for each row, DIR/<run>-<method>-<dataset>-<trained or untrained>.npz, for a probe
+of your own. It holds train_features and test_features (n, d) of the backbone, train_embedding and test_embedding (what
+the loss acts on), train_labels and test_labels (n,), for methods with codes or prototypes train_codes and test_codes
+(n,), and checkpoint, its path. Rows of the same name get numbers. `--json` gives the file's name as "saved".
 """
 
 import argparse
@@ -46,8 +47,8 @@ import common
 
 
 def checkpoint_args(state, options):
-    """A checkpoint's flags, with the data set of `options` instead of its own if there is one. Refuses a data set that
-    the network cannot read."""
+    """A checkpoint's flags, with the data set of `options`, if given, instead of its own. Refuses a data set that the
+    network cannot read."""
     args = argparse.Namespace(**state["args"])
     args.dataset, args.data_dir = options.dataset or args.dataset, options.data_dir or args.data_dir
     if (args.dataset in common.TOYS) != (args.backbone == "mlp"):
