@@ -5,8 +5,8 @@ views against torchvision's transforms image by image; expectation maximisation 
 against its forward passes. Times are medians of alternating runs in one process (evaluation: of one run); peak extra
 memory is that of a process of its own above what the inputs need: its resident set (Linux), on a GPU the allocator's.
 The codes are int8, as in training, so the plain formula's memory includes a float32 copy of them. For the resident set
-large tensors get maps of their own (MALLOC_MMAP_THRESHOLD_), so that it is what is in use. Without that glibc 2.36 also
-kept holes between the blocks, with 131,072 codes half as much as the plain formula needs.
+large tensors get maps of their own (MALLOC_MMAP_THRESHOLD_), so that it is what is in use. Without that freed blocks
+can stay in it: with blocks of 4096 of 131,072 codes, glibc 2.36 kept half as much as the plain formula needs.
 """
 
 import argparse
