@@ -322,7 +322,7 @@ OWN_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
 def draw_augmentation(n, settings, size, draw):
     """Random parameters for `n` augmentations of size × size images, as a dict of CPU tensors with n rows: crop (top,
     left, height, width), flip, grayscale, solarize (yes, no), brightness, contrast, saturation (factors), hue (turns),
-    order of these four (one for the batch), sigma of the blur (pixels, 0: none), noise (standard deviation)."""
+    order of these four (one for the batch), sigma of the blur (pixels, 0: none), noise (n, 3, size, size)."""
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, n, generator=draw)
@@ -352,7 +352,7 @@ def draw_augmentation(n, settings, size, draw):
     if settings["solarize"]:
         parameters["solarize"] = uniform(0, 1) < settings["solarize"]
     if settings["noise"]:
-        parameters["noise"] = torch.full((n,), settings["noise"])
+        parameters["noise"] = settings["noise"] * torch.randn(n, 3, size, size, generator=draw)
     return parameters
 
 
@@ -387,8 +387,7 @@ def augment(images, parameters, mean, std):
     if "solarize" in parameters:
         x = torch.where(parameters["solarize"].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
     x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    if "noise" in parameters:
-        x = x + parameters["noise"].view(-1, 1, 1, 1) * torch.randn_like(x)
+    x = x + parameters["noise"] if "noise" in parameters else x
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -1025,15 +1024,14 @@ class Run:
                 "method": self.args.method, "args": vars(self.args), "lines": self.lines,
                 "epoch": self.step // self.steps_per_epoch, "step": self.step, "sums": self.sums,
                 "model": self.model.state_dict(), "backbone": self.model.backbone.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state() if self.data.mean.is_cuda else None,
+                "optimizer": self.optimizer.state_dict(),
             }  # fmt: skip
             atomic_write(self.checkpoint, lambda file: torch.save(state, file))
         if world_size() > 1:
             dist.barrier()  # nobody leaves before the file is written, because torchrun would then end the writer
 
     def load(self):
-        """Brings model, optimizer, step and random numbers to where the checkpoint stands. Refuses another run's."""
+        """Brings model, optimizer and step to where the checkpoint stands. Refuses another run's checkpoint."""
         state = load_checkpoint(self.checkpoint)
         now, then = vars(self.args), state["args"]
         if state["method"] != self.args.method:
@@ -1048,9 +1046,5 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, RuntimeError) as error:
             fail(f"{self.checkpoint} does not fit this model: {str(error).splitlines()[0]}")
-        device = self.data.mean.device
         self.step, self.lines = state["step"], state["lines"]
-        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
-        torch.set_rng_state(state["rng"])
-        if state["rng_cuda"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"])
+        self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}

@@ -99,6 +99,21 @@ def test_views_depend_on_seed_epoch_and_step_alone():
     assert sum(1 for _ in common.two_views(data, make_args(batch_size=1999), views, 0)) == 2  # 5000 = 2 · 1999 + rest
 
 
+@pytest.mark.parametrize("augment", ["strong", "weak"])
+def test_processes_together_see_what_one_would(augment, monkeypatch):
+    """The rows of two processes are those of one, noise included."""
+    args = make_args(augment=augment)
+    data = common.load_data(args, torch.device("cpu"))
+    whole = next(common.two_views(data, args, ({}, {"solarize": 0.2}), 1))
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    shares = []
+    for k in range(2):
+        monkeypatch.setattr(common, "rank", lambda k=k: k)
+        shares.append(next(common.two_views(data, args, ({}, {"solarize": 0.2}), 1)))
+    for view in range(2):
+        assert torch.equal(torch.cat([share[view] for share in shares]), whole[view])
+
+
 def test_no_two_batches_are_augmented_alike(monkeypatch):
     seeds = []
     original = common.draw_augmentation

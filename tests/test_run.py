@@ -24,7 +24,7 @@ def epoch_lines(folder):
 def assert_same_run(a, b):
     assert epoch_lines(a) == epoch_lines(b)
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
-    for name in ("epoch", "step", "model", "backbone", "optimizer", "rng"):
+    for name in ("epoch", "step", "model", "backbone", "optimizer"):
         assert same_state(first[name], second[name]), name
 
 
