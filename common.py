@@ -1044,7 +1044,7 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.lines = state["step"], state["lines"]
+            self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}
         except (KeyError, ValueError, RuntimeError) as error:
             fail(f"{self.checkpoint} does not fit this model: {str(error).splitlines()[0]}")
-        self.step, self.lines = state["step"], state["lines"]
-        self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}

@@ -38,7 +38,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
-    """Eq. 1 of two views' embeddings (n, d), as scalars `loss`, `invariance` and `redundancy`."""
+    """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` and `redundancy`."""
     # Batch norm without parameters standardises columns. Its variance is over n, so identical views have C_ii = 1.
     z1, z2 = (nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
@@ -75,7 +75,7 @@ def main():
 
     for epoch in run.epochs():
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -83,7 +83,7 @@ def main():
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
+            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -1,21 +1,20 @@
 """CPLearn: assign both views of an image to the same one of c random codes, and use all codes equally often.
 
-    p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                                          (Eq. 1)
-    loss = beta mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)] + ½ [KL(mean_i p1_i || 1/c) + KL(mean_i p2_i || 1/c)]
+    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))   (Eqs. 1 and 2)
+    invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
-the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, 1/c is uniform, means are over a batch of n images. The terms
-are `invariance` and `prior`. tau = f / log((1 - eps(c-1)) / eps), eps = 1e-8: z = w_j has w_jᵀz = f, other products
-near 0, so p_j = 1 - eps(c-1).
+the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
+log((1 - eps(c-1)) / eps), eps = 1e-8: z = w_j has w_jᵀz = f, other products near 0, so p_j = 1 - eps(c-1).
 
-What prevents collapse: the prior, as one sharp code for all costs log c; batch norm, which keeps z different: equal z
-with nearly uniform p cost no more than the start; many codes, c >> f: random codes are nearly orthogonal, z in few
-dimensions are close to few codes, so equal use needs all f (the paper's argument). `--beta 10` outweighs the prior.
-What to expect: a start near beta log c, p being nearly uniform. n images use at most n codes, so sharp p cost log(c/n).
-Where beta log c is less, as by default, p stays soft: kNN rises, loss hardly falls. At beta 1 start and one code tie.
+What prevents collapse: the prior: one sharp code for all costs log c. Batch norm: without it all z could be one vector
+with nearly uniform p, and the prior would not notice. Many codes, c >> f: random codes are nearly orthogonal, and z in
+few dimensions are close to few codes, so equal use needs all f (the paper's argument). `--beta 10` leaves few codes.
+What to expect: a start near beta log c. n images use at most n codes, so sharp p cost log(c/n), by default more than
+that: p stays soft, kNN rises, the loss hardly falls. At beta 1 the start ties with one code for all.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's prior; Eq. 2's is CE(1/c, mean p). The 1/sqrt(n) in its z and tau cancels.
+Departs from the paper: Appendix N's prior instead of Eq. 2's CE(u, mean p). The 1/sqrt(n) in z and tau cancels.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -39,9 +38,7 @@ def add_flags(parser):
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.25, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
-    parser.add_argument(
-        "--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="KL(mean p || 1/c)"
-    )
+    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
     parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
 
@@ -95,7 +92,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # only in the authors' tau
+        sharper = (
+            math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
+        )  # authors' code: tau / sqrt(n)
         self.tau = d / sharper / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -119,7 +118,7 @@ def main():
 
     for epoch in run.epochs():
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -128,7 +127,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.tau, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
+            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -37,7 +37,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, temperature=0.5):
-    """Eq. 1 of two views' embeddings (n, d), as scalars `loss`, `alignment` and `uniformity`."""
+    """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `alignment` and `uniformity`."""
     z = nn.functional.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T / temperature  # (2n, 2n)
     alignment = -similarity.diagonal(len(z1)).mean()  # row i and column i + n are two views of image i
@@ -72,7 +72,7 @@ def main():
 
     for epoch in run.epochs():
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -80,7 +80,7 @@ def main():
             terms = loss_fn(z1, z2, temperature=args.temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
+            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -11,8 +11,8 @@ shrink to a point. `covariance` keeps dimensions from being copies of each other
 `--covariance-weight 0` remove them.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam instead of LARS, projector 2048 wide, not 8192, means of the authors' code (paper: Σ_j, v +
-v).
+Departs from the paper: Adam instead of LARS, projector 2048 wide, not 8192. As in the authors' code, the first term is
+a mean over j, not a sum, and the two v are averaged, not added (`--sum-variance`).
 Run: python methods/vicreg.py
 """
 
@@ -43,7 +43,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
-    """Eq. 6 of two views' embeddings (n, d), as scalars `loss`, `invariance`, `variance` and `covariance`."""
+    """Eq. 6 of two views' embeddings (n, d), float32: scalars `loss`, `invariance`, `variance` and `covariance`."""
     n, d = z1.shape
     invariance = (z1 - z2).square().mean()
     cov1, cov2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1) for z in (z1, z2))  # (d, d)
@@ -82,7 +82,7 @@ def main():
 
     for epoch in run.epochs():
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -91,7 +91,7 @@ def main():
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
+            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -1,4 +1,4 @@
-"""W-MSE: whiten each view's embeddings over the batch, then make the views agree.
+"""W-MSE: whiten each view's embeddings over parts of the batch, then make the views agree.
 
     loss = 2 - 2 mean_i cos(w1_i, w2_i)                                                                         (Eq. 3)
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
@@ -7,10 +7,11 @@ z are the embeddings of one view in a part of the batch (`--part-size` images), 
 belong to image i's two views, and the mean is over all images.
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. `--whitening batchnorm` only
-gives each dimension variance 1: all may become copies of one. `--whitening none` does nothing: all z become equal.
+gives each dimension variance 1: all dimensions may become copies of one. `--whitening none` leaves z alone: all may
+become one.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: cosine schedule instead of steps, batches of 256, not 512, cut into parts as they are.
+Departs from the paper: cosine schedule instead of steps, batches of 256, not 512, cut into parts in order.
 Run: python methods/wmse.py
 """
 
@@ -40,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), as scalars `loss` and `cosine`. A part must have more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part must have more than d images."""
     white, n = [], min(len(z1), part_size)
     for z in (z1, z2):
         z = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); a remainder smaller than a part is dropped
@@ -49,7 +50,7 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
         if whitening == "batchnorm":
             z = z / (z.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
-            z = z if z.device.type == "mps" else z.double()  # float32 fails when some directions vary little
+            z = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
             lower, failed = torch.linalg.cholesky_ex(z.mT @ z / (n - 1))  # (parts, d, d)
             lower = lower.masked_fill(failed.view(-1, 1, 1) > 0, math.nan)  # a singular covariance makes the loss NaN
             z = torch.linalg.solve_triangular(lower, z.mT, upper=False).mT  # rows w = L⁻¹ z
@@ -87,7 +88,7 @@ def main():
 
     for epoch in run.epochs():
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up; then progress starts, along a half cosine to zero
+            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -95,7 +96,7 @@ def main():
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each process has its own rows' part of it
+            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)
