@@ -40,8 +40,8 @@ def train(run, tmp_path, monkeypatch):
             with monkeypatch.context() as patch:
                 if batch_norm != "all":
                     patch.setattr(torch.nn, "BatchNorm1d", Without)
-                own = ["--dataset", dataset, "--epochs", epochs, "--eval-every", 100, "--seed", seed, "--out", out]
-                result = run(method, *TINY, *own, *flags)
+                own = ["--dataset", dataset, "--epochs", epochs, "--seed", seed, "--out", out]
+                result = run(method, *TINY, *own, "--eval-every", 100, "--save-every", 100, *flags)
                 assert result.code == 0, result.err
                 lines.append(json.loads((out / "log.jsonl").read_text().splitlines()[-1]))
                 named.update(diagnosis(out))

@@ -53,8 +53,8 @@ def test_run_folder_log_and_checkpoint(method, run, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [6, 22])  # in the first epoch, and at the end of the second of 11 steps
+# In the first epoch, and at the end of the second of 11 steps.
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 6), (signal.SIGINT, 22)])
 def test_stopped_and_resumed_is_never_stopped(method, number, step, run, tmp_path, monkeypatch):
     assert run(method, *RUN, *OWN[method], "--out", "whole").code == 0
     end_step = common.Run.end_step
@@ -188,7 +188,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
         (["--warmup-epochs", "9"], "--warmup-epochs 9"),
         (["--dataset", "imagenet"], "--dataset"),
         (["--backbone", "resnet18"], "--backbone"),
-        (["--backbone", "resnet18", "--dataset", "folder", "--data-dir", "nowhere"], "'nowhere'"),
+        (["--backbone", "resnet18", "--dataset", "folder", "--data-dir", "nowhere"], "'nowhere/train'"),
         (["--device", "cuda"], "--device"),
         (["--optimizer", "adamw"], "adamw"),
     ],
