@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the same sums on every machine
 import pytest
 import torch
 

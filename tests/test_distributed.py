@@ -13,6 +13,8 @@ from conftest import METHODS, OWN, ROOT, TINY, launch
 import common
 import evaluate
 
+pytestmark = pytest.mark.xdist_group("processes")  # they share one launch of two processes
+
 # One call per method from two views' rows z1, z2 (n, 8), and for prototypes from their scores, as the scripts make it.
 CALLS = {
     "barlow_twins": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
