@@ -13,8 +13,6 @@ from conftest import METHODS, OWN, ROOT, TINY, launch
 import common
 import evaluate
 
-pytestmark = pytest.mark.xdist_group("processes")  # they share one launch of two processes
-
 # One call per method from two views' rows z1, z2 (n, 8), and for prototypes from their scores, as the scripts make it.
 CALLS = {
     "barlow_twins": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
@@ -78,7 +76,7 @@ if __name__ == "__main__":
     leave()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     process = launch(__file__, folder, processes=2, cwd=ROOT / "tests")
@@ -88,7 +86,7 @@ def two_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(two_folder):
     return [json.loads((two_folder / f"{rank}.json").read_text()) for rank in range(2)]
 
