@@ -7,8 +7,8 @@ z are the embeddings of one view in a part of the batch (`--part-size` images), 
 belong to image i's two views, and the mean is over all images.
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. `--whitening batchnorm` only
-gives each dimension variance 1: all dimensions may become copies of one. `--whitening none` leaves z alone: all may
-become one.
+gives each dimension variance 1: all dimensions may become copies of one. `--whitening none` leaves z alone: all z may
+become one vector.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: cosine schedule instead of steps, batches of 256, not 512, cut into parts in order.
