@@ -185,24 +185,26 @@ def cluster_gap(z, queries=1000):
     return ratio.amin(1).median().item()
 
 
-def diagnose(z, codes=None, clusters=None, inputs=None):
-    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d) suffer.
+def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None):
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d) suffer, and whether their
+    assignments have left the uniform start.
 
-    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `inputs` is how many numbers an image (or a
-    point) has. Returns {mode: {"number", "threshold", "verdict"}}. Each number is in [0, 1]. Below its threshold the
-    mode has collapsed:
+    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `entropy` (n,) is the entropy of each
+    assignment over log(clusters). `inputs` is how many numbers an image (or a point) has. Returns {mode: {"number",
+    "threshold", "verdict"}}. Each number is in [0, 1]. Below its threshold the mode has collapsed:
 
     representation  1 - center_norm², the variance of the directions. 0.2 means a center vector of length 0.89
     dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of the dimensions
     cluster         log(effective codes) / log(clusters), with exp of the entropy of their use as effective codes
     intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than to the next
+    assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike: "still uniform"
 
     Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for, because embeddings of
     points in a plane that span a plane have lost nothing. Where all embeddings are one vector, the other verdicts are
-    "implied". Without codes, cluster collapse is undefined: verdict "no codes", number None. Raises ValueError for
-    fewer than four embeddings.
+    "implied". Without codes, cluster and assignment are undefined: verdict "no codes", number None. Raises ValueError
+    for fewer than four embeddings.
     """
-    thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05}
+    thresholds = {"representation": 0.2, "dimensional": 0.5, "cluster": 0.5, "intracluster": 0.05, "assignment": 0.02}
     n, d = z.shape
     if n < 4:
         raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
@@ -213,6 +215,7 @@ def diagnose(z, codes=None, clusters=None, inputs=None):
         "dimensional": min(1.0, math.log(max(1, rank)) / math.log(dimensions)),
         "cluster": None,
         "intracluster": cluster_gap(z) if rank else 0.0,
+        "assignment": None if entropy is None else 1 - entropy.mean().item(),
     }
     if codes is not None:
         use = torch.bincount(codes.cpu()).double() / n
@@ -225,7 +228,8 @@ def diagnose(z, codes=None, clusters=None, inputs=None):
         elif number is None:
             verdict = "no codes"
         else:
-            verdict = "collapsed" if number < thresholds[mode] else "ok"
+            bad = "still uniform" if mode == "assignment" else "collapsed"
+            verdict = bad if number < thresholds[mode] else "ok"
         report[mode] = {"number": number, "threshold": thresholds[mode], "verdict": verdict}
     return report
 
@@ -251,7 +255,7 @@ def measure(path, model, data, components, bar):
     numbers = {
         "images": n,
         "dimensions": {"embedding": d, "features": features.shape[1]},
-        "diagnosis": diagnose(embedding, codes, count, data.test_images[0].numel()),
+        "diagnosis": diagnose(embedding, codes, count, data.test_images[0].numel(), out.get("entropy")),
         "center_norm": common.center_norm(embedding),
         "correlation": common.average_correlation(embedding),
         "effective_rank": {name: common.effective_rank(out[name]) for name in spectra},
@@ -370,7 +374,7 @@ def draw_curves(logs, methods, scale):
     """A panel for each quantity that the logs hold, over epochs. Metrics share one, loss terms only within a method.
     With scale "log" epochs are, which leaves out 0, before training, and values where they are positive and span more
     than a factor of 3."""
-    metrics = ("knn", "center_norm", "effective_rank", "correlation", "used_codes")
+    metrics = ("knn", "center_norm", "effective_rank", "correlation", "used_codes", "assignment_entropy")
     panels = {}
     for label, log in logs.items():
         for line in log:
@@ -543,8 +547,10 @@ def tables(numbers):
     text += (
         "<p>Each number is in [0, 1]; below the threshold the mode has collapsed. Representation: variance of the "
         "embeddings' directions. Dimensional: logarithm of the effective rank over that of the dimensions. Cluster: "
-        "the same of the codes in use. Intracluster: distance to the own cluster over distance to the next. Where all "
-        "embeddings are one vector, the other collapses are implied.</p><h2>Numbers</h2>"
+        "the same of the codes in use. Intracluster: distance to the own cluster over distance to the next. "
+        "Assignment: 1 - the mean entropy of an image's assignment over the logarithm of the codes; where it is still "
+        "uniform, training has not left its start. Where all embeddings are one vector, the other verdicts are "
+        "implied.</p><h2>Numbers</h2>"
     )
     rows = []
     for label, e in numbers.items():
@@ -685,8 +691,11 @@ def main():
     flat = {f"{label}/{name}": array for label, a in arrays.items() for name, array in a.items()}
     write_report(folder, "Collapse report", tables(numbers), numbers, flat, shared | figures)
     for label, entry in numbers.items():
-        named = [f"{k} ({r['number']:.2f})" for k, r in entry["diagnosis"].items() if r["verdict"] == "collapsed"]
-        print(f"{label}: {', '.join(named) + ' collapse' if named else 'no collapse'}")
+        found = {mode: report for mode, report in entry["diagnosis"].items() if report["verdict"] == "collapsed"}
+        named = ", ".join(f"{mode} ({report['number']:.2f})" for mode, report in found.items())
+        uniform = entry["diagnosis"]["assignment"]["verdict"] == "still uniform"
+        note = "; assignments are still uniform" if uniform else ""
+        print(f"{label}: {named + ' collapse' if named else 'no collapse'}{note}")
 
 
 if __name__ == "__main__":

@@ -109,26 +109,22 @@ def load_data(args, device):
 
 def read_torchvision(args):
     """CIFAR-10, CIFAR-100 or SVHN through torchvision, which downloads them once and checks their checksums."""
-    cls, argument, splits, labels, url = {
-        "cifar10": ("CIFAR10", "train", (True, False), "targets", "cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-        "cifar100": ("CIFAR100", "train", (True, False), "targets", "cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
-        "svhn": ("SVHN", "split", ("train", "test"), "labels", "ufldl.stanford.edu/housenumbers/train_32x32.mat"),
-    }[args.dataset]
-    parts = []
-    for split in splits:
+    svhn, parts = args.dataset == "svhn", []
+    cls = getattr(torchvision.datasets, args.dataset.upper())
+    for split in ("train", "test"):
+        which = {"split": split} if svhn else {"train": split == "train"}
         try:
             with rank_zero_first():
-                found = getattr(torchvision.datasets, cls)(args.data_dir, download=rank() == 0, **{argument: split})
+                found = cls(args.data_dir, download=rank() == 0, **which)
         except (OSError, RuntimeError) as error:
-            reason = f"could not be downloaded ({type(error).__name__})"
-            fail(f"{args.dataset} is not in {args.data_dir!r} and {reason}: put {url} there, or use --dataset shapes")
-        pixels = found.data if found.data.shape[1] == 3 else found.data.transpose(0, 3, 1, 2)
-        images = torch.from_numpy(np.ascontiguousarray(pixels))
+            url, why = cls.split_list[split][0] if svhn else cls.url, type(error).__name__
+            fail(f"{args.dataset} is not in {args.data_dir!r} and could not be downloaded ({why}): put {url} there, "
+                 "or use --dataset shapes")  # fmt: skip
+        images = torch.from_numpy(found.data if svhn else found.data.transpose(0, 3, 1, 2).copy())
         if images.shape[-1] != args.image_size:
-            resized = [TF.resize(part, [args.image_size] * 2, antialias=True) for part in images.split(1000)]
-            images = torch.cat(resized)
-        parts.append((images, torch.as_tensor(getattr(found, labels)).long()))
-    return *parts, list(getattr(found, "classes", "0123456789"))
+            images = TF.resize(images, [args.image_size] * 2, antialias=True)
+        parts.append((images, torch.as_tensor(found.labels if svhn else found.targets).long()))
+    return *parts, list("0123456789") if svhn else found.classes
 
 
 def read_folder(root, size, dataset):
@@ -212,61 +208,40 @@ def draw_toy(name, n, seed):
     return points + 0.1 * noise, labels
 
 
-def box(x, y, width, height):
-    """Distance to a box of half that width and height around 0, negative inside."""
-    return torch.maximum(x.abs() - width, y.abs() - height)
-
-
-def polygon(x, y, corners, inner):
-    """Distance to a regular polygon (inner = cos(π / corners)) or to a star (smaller inner), negative inside."""
-    sector = 2 * math.pi / corners
-    angle = torch.remainder(torch.atan2(y, x), sector)
-    angle = torch.minimum(angle, sector - angle)
-    u, v = torch.hypot(x, y) * angle.cos(), torch.hypot(x, y) * angle.sin()
-    a, b = inner * math.cos(sector / 2) - 1, inner * math.sin(sector / 2)
-    return (b * (u - 1) - a * v) / math.hypot(a, b)
-
-
-# Each shape is a function of coordinates in units of its radius, negative inside.
+# Ten shapes as rows of 5 × 5 squares.
 SHAPES = {
-    "disc": lambda x, y: torch.hypot(x, y) - 0.9,
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.22,
-    "half_disc": lambda x, y: torch.maximum(torch.hypot(x, y + 0.4) - 1, -0.4 - y),
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.55, y)),
-    "triangle": lambda x, y: polygon(x, y, 3, 0.5),
-    "square": lambda x, y: box(x, y, 0.75, 0.75),
-    "star": lambda x, y: polygon(x, y, 5, 0.4),
-    "plus": lambda x, y: torch.minimum(box(x, y, 0.28, 1), box(x, y, 1, 0.28)),
-    "bars": lambda x, y: box(x, y.abs() - 0.6, 0.95, 0.28),
-    "tee": lambda x, y: torch.minimum(box(x, y - 0.65, 0.95, 0.28), box(x, y + 0.2, 0.28, 0.8)),
+    "disc": ".###. ##### ##### ##### .###.",
+    "ring": ".###. #...# #...# #...# .###.",
+    "triangle": "..#.. ..#.. .###. .###. #####",
+    "plus": "..#.. ..#.. ##### ..#.. ..#..",
+    "tee": "##### ##### ..#.. ..#.. ..#..",
+    "ell": "##... ##... ##... ##### #####",
+    "cup": "#...# #...# #...# ##### #####",
+    "bars": "##### ..... ##### ..... #####",
+    "zigzag": "###.. ..#.. ..#.. ..#.. ..###",
+    "arrow": "..### ...## ..#.# .#... #....",
 }
 
 
 def draw_shapes(n, size, seed):
-    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,). Size, place,
-    rotation, tint, background and noise vary. Tints are faint: a color that survives augmentation is learned first."""
+    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,).
+
+    Size, place and rotation vary, so that pixels say little about the class, and so does the noise. Colors and ground
+    do not: both views of an image would share them, and a method could learn them instead of the shape.
+    """
     rng = generator(seed)
 
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=rng)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=rng)
 
     labels = torch.randperm(n, generator=rng) % len(SHAPES)
-    axis = torch.linspace(-1, 1, size)
-    radius, angle = uniform(0.5, 0.7, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-    x = axis.view(1, 1, -1) - uniform(-0.2, 0.2, 1, 1)
-    y = axis.view(1, -1, 1) - uniform(-0.2, 0.2, 1, 1)
-    x, y = (angle.cos() * x + angle.sin() * y) / radius, (angle.cos() * y - angle.sin() * x) / radius
-    inside = torch.empty(n, size, size)
-    for label, shape in enumerate(SHAPES.values()):
-        chosen = labels == label
-        inside[chosen] = shape(x[chosen], y[chosen])
-    alpha = (0.5 - inside * radius * size / 2).clamp(0, 1).unsqueeze(1)
-    tint = uniform(-0.05, 0.05, 2, 3, 1, 1)
-    back, fore = uniform(0.1, 0.4, 1, 1, 1) + tint[:, 0], uniform(0.6, 0.9, 1, 1, 1) + tint[:, 1]
-    clutter = F.interpolate(torch.randn(n, 3, 5, 5, generator=rng), (size, size), mode="bicubic")
-    image = alpha * fore + (1 - alpha) * (back + uniform(0, 0.06, 1, 1, 1) * clutter)
-    image = image + uniform(0, 0.06, 1, 1, 1) * torch.randn(n, 3, size, size, generator=rng)
-    return (image.clamp(0, 1) * 255).round().byte(), labels
+    squares = torch.tensor([[[p == "#" for p in row] for row in rows.split()] for rows in SHAPES.values()]).float()
+    radius, angle, x, y = uniform(0.35, 0.8), uniform(0, 2 * math.pi), uniform(-0.6, 0.6), uniform(-0.6, 0.6)
+    cos, sin = angle.cos() / radius, angle.sin() / radius
+    places = F.affine_grid(torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3), (n, 1, size, size), False)
+    inside = (4 * F.grid_sample(squares[labels, None], places, align_corners=False) - 1.5).clamp(0, 1)  # sharper
+    noise = uniform(0, 0.1).view(n, 1, 1, 1) * torch.randn(n, 3, size, size, generator=rng)
+    return ((0.25 + 0.5 * inside + noise).clamp(0, 1) * 255).round().byte(), labels
 
 
 def two_views(data, args, views, epoch, first=0):
@@ -283,11 +258,9 @@ def two_views(data, args, views, epoch, first=0):
         index = order[step * size : (step + 1) * size]
         draw = generator(args.seed, epoch, step)
         if data.images.ndim == 2:
-            # The other view is a random point of the same class, whose points stand together in `by_class`.
             labels = data.labels.cpu()
-            by_class, count = torch.argsort(labels, stable=True), torch.bincount(labels)
-            place = (torch.rand(size, generator=draw) * count[labels[index]]).long()
-            partners = by_class[(count.cumsum(0) - count)[labels[index]] + place]
+            same_class = (labels[index, None] == labels).float()
+            partners = torch.multinomial(same_class, 1, generator=draw)[:, 0]
             yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
             continue
         images = data.images[index[mine].to(data.images.device)].to(data.mean.device)
@@ -520,14 +493,17 @@ def center_norm(z):
     return F.normalize(z.detach().double(), dim=1).mean(0).norm().item()
 
 
+def centered(z):
+    """z (n, d) minus its mean, float64. A dimension that is constant up to float32's rounding becomes 0."""
+    z = z.detach().double()
+    offset = z - z.mean(0)
+    return offset * (offset.abs().amax(0) > 1e-6 * z.abs().max())
+
+
 def covariance_spectrum(z):
     """Eigenvalues of the covariance Σ_i (z_i - mean)(z_i - mean)ᵀ / n of z (n, d), largest first, float64: the
     min(n - 1, d) that can differ from 0 ("Preventing Collapses ...", Section 4)."""
-    z = z.detach().double()
-    rounding = 1e-6 * z.abs().max()
-    z = z - z.mean(0)
-    if z.abs().max() <= rounding:
-        z = torch.zeros_like(z)
+    z = centered(z)
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
     return torch.linalg.eigvalsh(gram / len(z)).clamp_min(0).flip(0)[: max(1, min(len(z) - 1, z.shape[1]))]
 
@@ -542,14 +518,9 @@ def effective_rank(z):
 def average_correlation(z):
     """Mean absolute correlation of two dimensions of z (n, d), in [0, 1] ("Preventing Collapses ...", Section 5.1, with
     absolute values). A constant dimension counts as correlated with every other: 1."""
-    z = z.detach().double()
-    rounding = 1e-6 * z.abs().max()
-    z = z - z.mean(0)
-    constant = z.abs().amax(0) <= rounding
-    z = F.normalize(z.masked_fill(constant, 0), dim=0)
-    correlation = (z.T @ z).abs()
+    z = F.normalize(centered(z), dim=0)
+    correlation, constant, d = (z.T @ z).abs(), ~z.any(0), z.shape[1]
     correlation[constant] = correlation[:, constant] = 1
-    d = len(correlation)
     return (correlation.sum() - correlation.trace()).item() / max(1, d * (d - 1))
 
 
@@ -571,6 +542,11 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     return right / len(queries)
 
 
+def normalised_entropy(scores):
+    """Entropy of softmax(scores (n, c)) over log c, in [0, 1]: 1 is uniform, the state at the start."""
+    return torch.special.entr(scores.softmax(1)).sum(1) / math.log(scores.shape[1])
+
+
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
@@ -584,7 +560,9 @@ def extract(model, images, data, embeddings=True, batch_size=500):
             part["embedding"] = model.head(part["features"])
         if embeddings and hasattr(model, "scores"):
             # A few rows at a time, because scores over a million codes are large.
-            part["codes"] = torch.cat([model.scores(z).argmax(1) for z in part["embedding"].split(64)])
+            scores = (model.scores(z) for z in part["embedding"].split(64))
+            pairs = [(s.argmax(1), normalised_entropy(s / model.temperature)) for s in scores]
+            part["codes"], part["entropy"] = (torch.cat(columns) for columns in zip(*pairs, strict=True))
         parts.append(part)
     model.train(training)
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -608,6 +586,7 @@ def collapse_metrics(model, data):
     metrics["correlation"] = average_correlation(z)
     if "codes" in out:
         metrics["used_codes"] = len(torch.unique(out["codes"]))  # few of many: cluster collapse
+        metrics["assignment_entropy"] = out["entropy"].mean().item()
     return metrics
 
 
@@ -702,7 +681,7 @@ def sum_gradients(model):
 TOY_SIZES = {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16}
 SIZES = {
     "imagenet100": {"image_size": 224},
-    "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 64},
+    "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 256},
     "blobs": TOY_SIZES,
     "moons": TOY_SIZES,
 }
@@ -782,6 +761,9 @@ def parse_args(file, doc, add_flags, sizes):
     parser.set_defaults(**SIZES.get(dataset, {}) | sizes.get(dataset, {}))
     args = parser.parse_args()
     args.method = Path(file).stem
+    recipe = parser.get_default("optimizer")
+    if args.optimizer != recipe and not any(arg.split("=")[0] == "--lr" for arg in sys.argv):
+        fail(f"--optimizer {args.optimizer} needs its own --lr, because {args.lr:g} is meant for {recipe}")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     args.out = args.out or f"runs/{args.method}-{args.dataset}-seed{args.seed}"
@@ -955,10 +937,9 @@ class Run:
         if rank() == 0:
             before, after = self.lines[1], self.lines[-1]
             print()
-            for name in ("knn", "center_norm", "effective_rank", "correlation", "used_codes"):
+            for name in ("knn", "center_norm", "effective_rank", "correlation", "used_codes", "assignment_entropy"):
                 if name in after:
-                    shown = "kNN accuracy" if name == "knn" else name
-                    print(f"{shown:<14} {before[name]:<6.3g} untrained, {after[name]:.3g} trained")
+                    print(f"{name:<18} {before[name]:<6.3g} untrained, {after[name]:.3g} trained")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -982,9 +963,9 @@ class Run:
 
     def stop_if_told(self, ask):
         """Saves and exits if a signal has come. Several processes `ask` each other first, to stop at the same step."""
-        if world_size() > 1 and not ask:
-            return
         if world_size() > 1:
+            if not ask:
+                return
             flag = torch.tensor(int(self.stop_signal), device=self.data.mean.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.stop_signal = flag.item()
@@ -1001,8 +982,8 @@ class Run:
     def begin_log(self):
         """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
         if not self.lines:
-            versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-            versions |= {"torchvision": torchvision.__version__, "numpy": np.__version__}
+            versions = {"python": platform.python_version()}
+            versions |= {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
             device = torch.cuda.get_device_name() if self.data.mean.is_cuda else self.data.mean.device.type
             about = {"args": vars(self.args), "versions": versions, "device": device, "processes": world_size()}
             untrained = {"knn": knn_monitor(self.model, self.data)} | collapse_metrics(self.model, self.data)

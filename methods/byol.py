@@ -10,7 +10,7 @@ What prevents collapse: the predictor, and a teacher that gets no gradient and c
 teacher the student of the step before. `--no-predictor` compares the projections themselves.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: Adam instead of LARS. As in the authors' code, batch norm statistics are not averaged.
+Departs from the paper: Adam on batches of 512, not LARS on 4096. Batch norm statistics are not averaged (their code).
 Run: python methods/byol.py
 """
 
@@ -26,11 +26,11 @@ import common
 
 # VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {}
+SIZES = {name: {"lr": 1e-3} for name in (*common.TOYS, "shapes")}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512)  # W-MSE authors' code
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
 

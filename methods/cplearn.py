@@ -92,17 +92,15 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = (
-            math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
-        )  # authors' code: tau / sqrt(n)
-        self.tau = d / sharper / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as in the authors' code
+        self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1) / self.tau
+        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1)
 
 
 # --- training
@@ -124,7 +122,7 @@ def main():
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32 rows of all processes
             loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
-            terms = loss(z1, z2, model.codes, tau=model.tau, beta=args.beta, prior=args.prior)
+            terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient

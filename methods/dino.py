@@ -11,7 +11,7 @@ What prevents collapse: the center lowers prototypes that win for all images; al
 temperature sharpens q; alone it lets one prototype win. `--no-centering` and `--teacher-temperature 1` remove them.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
-Departs from the paper: no small crops, 4096 prototypes, not 65536, Adam, constant temperature, no gradient clipping.
+Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
 Run: python methods/dino.py
 """
 
@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
-VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 256}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
-    parser.add_argument("--prototypes", type=common.integer(2), default=4096, help="number of prototypes")
-    parser.add_argument("--momentum", type=common.number(0, 1), default=0.996, help="m at the start")
+    parser.set_defaults(optimizer="sgd", lr=0.12, weight_decay=5e-4)  # lightly's CIFAR-10 benchmark
+    parser.add_argument("--prototypes", type=common.integer(2), default=2048, help="number of prototypes")
+    parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--teacher-temperature", type=common.number(0.001), default=0.04, help="the student's is 0.1")
     parser.add_argument("--no-centering", action="store_true", help="do not subtract the center")
 
@@ -56,10 +56,10 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d), nn.GELU(),
-            nn.Linear(d, d), nn.GELU(),
+            nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
+        self.temperature = 0.1
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
         self.teacher = common.frozen_copy(self)  # no gradient; in train mode, so its batch norms see the batch
         self.register_buffer("center", torch.zeros(args.prototypes))

@@ -1,16 +1,15 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                       (Eq. 2)
-    q = Sinkhorn(s): from exp(s / 0.05), repeat three times: divide columns by their sums, then rows by theirs  (Eq. 3)
+    q = Sinkhorn(s): from exp(s / epsilon), three times: divide columns by their sums, then rows by theirs       (Eq. 3)
 
-s (n, k) are the scores of one view of n images: cosines of embeddings (rows) with k learned prototypes (columns). q is
-the target, without gradient. As batches are small, a queue of earlier embeddings joins in Sinkhorn.
+s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
 What prevents collapse: columns of equal sums, so images cannot all take one prototype. If all images had equal scores,
-q would be uniform and the loss log k; it falls only if images differ. `--no-sinkhorn` takes q = softmax(s / 0.05).
+q would be uniform and the loss log k. Small `--epsilon` helps to leave it. `--no-sinkhorn`: q = softmax(s / epsilon).
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, Adam instead of LARS, prototypes never frozen, queue used as soon as it is full.
+Departs from the paper: no small crops, Adam instead of LARS, 512 prototypes, not 3000, no queue by default.
 Run: python methods/swav.py
 """
 
@@ -25,14 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
-VIEWS = ({"scale": (0.2, 1)},) * 2
-SIZES = {name: {"prototypes": 32, "queue": 0} for name in (*common.TOYS, "shapes")}
+VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
+SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
-    parser.add_argument("--prototypes", type=common.integer(2), default=3000, help="number of clusters")
-    parser.add_argument("--queue", type=common.integer(0), default=3840, help="earlier embeddings in Sinkhorn; 0: none")
+    parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
+    parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="smaller: sharper targets")
+    parser.add_argument("--queue", type=common.integer(0), default=0, help="embeddings; used from epoch 15 on")
     parser.add_argument("--no-sinkhorn", action="store_true", help="softmax instead of equal shares; collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
 
@@ -61,7 +61,8 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.prototypes = nn.Linear(128, args.prototypes, bias=False).requires_grad_(not args.freeze_prototypes)
+        self.temperature = 0.1
+        self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))
 
@@ -92,10 +93,11 @@ def main():
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # as published
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows of all processes
-            m = args.queue if run.step * args.batch_size >= args.queue else 0  # the queue is used once it is full
+            m = args.queue if epoch >= 15 and run.step * args.batch_size >= args.queue else 0  # late and full
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
-            terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3)
+            terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient

@@ -6,12 +6,11 @@
 z are the embeddings of one view in a part of the batch (`--part-size` images), w is their whitened form. w1_i and w2_i
 belong to image i's two views, and the mean is over all images.
 
-What prevents collapse: the covariance of w is the identity, so w fills all dimensions. `--whitening batchnorm` only
-gives each dimension variance 1: all dimensions may become copies of one. `--whitening none` leaves z alone: all z may
-become one vector.
+What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
+dimensions may become copies of one, with `--whitening none` all z may become one vector.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: cosine schedule instead of steps, batches of 256, not 512, cut into parts in order.
+Departs from the paper: cosine schedule instead of steps; a batch is cut into parts in order, not shuffled.
 Run: python methods/wmse.py
 """
 
@@ -27,11 +26,11 @@ import common
 
 # VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS}
+SIZES = {name: {"lr": 1e-3, "embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"lr": 1e-3}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # theirs
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
     parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")

@@ -42,7 +42,7 @@ def test_report(run, trained):
             assert (verdict["verdict"] == "collapsed") == (f"{mode} (" in line)
     for label, entry in numbers.items():
         assert entry["images"] == 600 and entry["epoch"] == 2
-        assert list(entry["diagnosis"]) == ["representation", "dimensional", "cluster", "intracluster"]
+        assert list(entry["diagnosis"]) == ["representation", "dimensional", "cluster", "intracluster", "assignment"]
         codes = {"cplearn": 64, "dino": 32, "swav": 32}.get(entry["method"])
         assert entry["clusters"]["by"] == ("codes" if codes else "k-means")
         assert entry["clusters"]["of"] == (codes or 3) >= entry["clusters"]["used"] >= 1

@@ -42,6 +42,7 @@ def test_each_collapse_and_overlap_is_named_and_no_other(n, d, modes):
     z, codes = embeddings(n, d, modes)
     report = analyze.diagnose(z, codes, 64)
     assert {m for m, r in report.items() if r["verdict"] == "collapsed"} == {NAMES[mode] for mode in modes}
+    assert report.pop("assignment")["verdict"] == "no codes"
     assert {r["verdict"] for r in report.values()} <= {"collapsed", "ok"}
     assert all((r["number"] < r["threshold"]) == (r["verdict"] == "collapsed") for r in report.values())
 
@@ -52,7 +53,7 @@ def test_one_vector_for_all_is_representation_collapse(n, d):
     for noise in (0, 1e-3):
         z = torch.ones(d) + noise * torch.randn(n, d, generator=common.generator(1))
         report = analyze.diagnose(z, codes, 64)
-        assert [r["verdict"] for r in report.values()] == ["collapsed", "implied", "implied", "implied"]
+        assert [r["verdict"] for r in report.values()] == ["collapsed", *["implied"] * 4]
     report = analyze.diagnose(torch.zeros(n, d))
     assert report["representation"]["verdict"] == "collapsed" and report["representation"]["number"] == 0
 
@@ -69,6 +70,20 @@ def test_scale_and_precision_do_not_matter(modes, scale):
 def test_without_codes_cluster_collapse_is_undefined():
     report = analyze.diagnose(embeddings(300, 16, "")[0])
     assert report["cluster"] == {"number": None, "threshold": 0.5, "verdict": "no codes"}
+
+
+def test_uniform_assignments_are_named():
+    """Scores that are nearly equal are the start of training. Sharp ones have left it, whichever code they choose."""
+    z, codes = embeddings(300, 16, "")
+    scores = torch.randn(300, 64, generator=common.generator(0))
+    for temperature, verdict in ((10, "still uniform"), (0.1, "ok")):
+        entropy = common.normalised_entropy(scores / temperature)
+        expected = 1 - torch.distributions.Categorical(logits=scores / temperature).entropy().mean() / math.log(64)
+        report = analyze.diagnose(z, codes, 64, entropy=entropy)
+        assert report["assignment"]["number"] == pytest.approx(expected.item(), abs=1e-6)
+        assert report["assignment"]["verdict"] == verdict
+        assert {r["verdict"] for mode, r in report.items() if mode != "assignment"} == {"ok"}
+    assert analyze.diagnose(torch.ones(300, 16), codes, 64, entropy=entropy)["assignment"]["verdict"] == "implied"
 
 
 def test_more_codes_than_images():

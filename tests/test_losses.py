@@ -300,7 +300,7 @@ def test_cplearn_scores_are_those_of_eq_1(methods):
         flags = ["--activation", activation, "--c", "32", "--batch-size", "64", "--no-batchnorm", "--width", "8"]
         model = build_model(methods, "cplearn", *flags).eval()
         x = torch.randn(3, 2)
-        scores = model.scores(model(x)).detach()
+        scores = model.scores(model(x)).detach() / model.temperature
         z = (model.backbone(x) @ model.head[0].weight.T + model.head[0].bias).double().detach()
         h = {"l2": math.sqrt(16 / 64) * z / z.norm(dim=1, keepdim=True), "tanh": z.tanh() / math.sqrt(64)}
         h = h.get(activation, z.tanh())
@@ -538,7 +538,7 @@ def test_swav_queue_and_prototypes(methods, run, monkeypatch):
             assert torch.equal(earlier1, model.scores(model.queue[0])) and torch.equal(
                 earlier2, model.scores(model.queue[1])
             )
-            assert torch.equal(model.queue, torch.cat(seen[::-1], 1)[:, :300])
+            assert torch.equal(model.queue, torch.cat(seen[::-1], 1)[:, : len(earlier1)])
         return loss_fn(s1, s2, earlier1, earlier2, **settings)
 
     gather = common.gather
@@ -552,16 +552,23 @@ def test_swav_queue_and_prototypes(methods, run, monkeypatch):
     monkeypatch.setattr(methods["swav"], "loss_fn", spy)
     monkeypatch.setattr(methods["swav"], "Model", Model)
     monkeypatch.setattr(common, "gather", watch)
-    main(methods, "swav", "--epochs", "1", "--queue", "300")
-    assert used == [0, 0, 0] + 8 * [300]
+    main(methods, "swav", "--epochs", "16", "--queue", "300")
+    assert used == 15 * 11 * [0] + 11 * [300]
+    used.clear(), seen.clear(), networks.clear()
+    main(methods, "swav", "--epochs", "17", "--queue", "22500", "--out", "later")
+    assert used == 16 * 11 * [0] + 11 * [22500]
     (model,) = networks
     torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(32))
     assert not model.queue.requires_grad and model.prototypes.bias is None
 
 
-def test_swav_frozen_prototypes_stay(methods):
-    model = build_model(methods, "swav", "--freeze-prototypes")
-    assert not model.prototypes.weight.requires_grad
+def test_swav_prototypes_are_frozen_in_the_first_epoch_or_for_good(methods, run, tmp_path):
+    for flags, epochs, moved in (([], 1, False), ([], 2, True), (["--freeze-prototypes"], 2, False)):
+        start = build_model(methods, "swav", *flags).prototypes.weight
+        out = tmp_path / f"{epochs}{moved}"
+        main(methods, "swav", *flags, "--epochs", str(epochs), "--out", str(out))
+        trained = common.load_checkpoint(out)["model"]["prototypes.weight"]
+        assert torch.allclose(start, trained, atol=1e-6) != moved
 
 
 # --- VICReg

@@ -89,8 +89,12 @@ def test_used_codes():
     model = torch.nn.Module()
     model.backbone = model.head = torch.nn.Identity()
     assert "used_codes" not in common.collapse_metrics(model, data)
-    model.scores = lambda z: torch.nn.functional.one_hot(z[:, 0].long(), 128)
-    assert common.collapse_metrics(model, data)["used_codes"] == 3
+    model.scores, model.temperature = lambda z: 1.0 * torch.nn.functional.one_hot(z[:, 0].long(), 128), 0.2
+    metrics = common.collapse_metrics(model, data)
+    assert metrics["used_codes"] == 3
+    total = math.exp(5) + 127  # of softmax: the code has exp(1 / 0.2), the others have 1
+    entropy = math.log(total) - 5 * math.exp(5) / total
+    assert metrics["assignment_entropy"] == pytest.approx(entropy / math.log(128), rel=1e-5)
 
 
 @pytest.mark.parametrize("n, d", [(40, 100), (100, 40)])

@@ -43,7 +43,7 @@ def test_run_folder_log_and_checkpoint(method, run, tmp_path):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert state["method"] == method and state["epoch"] == 4 and not any(k.startswith("codes") for k in state["model"])
     assert all(torch.equal(v, state["model"]["backbone." + k]) for k, v in state["backbone"].items())
-    for word in ("kNN accuracy", "untrained", "center_norm", f"next: python evaluate.py --init runs/{method}"):
+    for word in ("knn ", "untrained", "center_norm", f"next: python evaluate.py --init runs/{method}"):
         assert word in result.out
     # A finished run is not overwritten, and resuming it changes nothing.
     assert "--resume" in run(method, *RUN, *OWN[method]).error
