@@ -678,12 +678,9 @@ def sum_gradients(model):
 # --- the flags
 
 # What a data set brings along where the command line says nothing else.
-TOY_SIZES = {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16}
-SIZES = {
+SIZES = {name: {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16} for name in TOYS} | {
     "imagenet100": {"image_size": 224},
     "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 256},
-    "blobs": TOY_SIZES,
-    "moons": TOY_SIZES,
 }
 
 
@@ -894,12 +891,12 @@ class Run:
         return max(0.0, (self.step - self.warmup) / max(1, self.total_steps - self.warmup))
 
     def epochs(self):
-        """The epochs still to do, counted from 0."""
+        """(epoch, first step) of the epochs still to do, counted from 0."""
         for epoch in range(self.step // self.steps_per_epoch, self.args.epochs):
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
             self.model.train()
             self.began, self.first = time.perf_counter(), self.step
-            yield epoch
+            yield epoch, self.step % self.steps_per_epoch
 
     def end_step(self, terms):
         """Adds up the loss terms of the step. After Ctrl-C or SIGTERM, saves and exits."""

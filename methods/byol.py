@@ -24,9 +24,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
+# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"lr": 1e-3} for name in (*common.TOYS, "shapes")}
+SIZES = {}
 
 
 def add_flags(parser):
@@ -51,13 +51,11 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False),
         )  # fmt: skip
         self.teacher = common.frozen_copy(self)  # no gradient; in train mode, so its batch norms see the batch
-        self.predictor = nn.Sequential(
-            nn.Linear(256, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False)
-        )
+        self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
 
@@ -80,9 +78,9 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -92,7 +90,7 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
+            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
             optimizer.step()
             model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
             run.step += 1

@@ -28,7 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
+# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 1024}, "blobs": {"c": 64}, "moons": {"c": 64}}
 
@@ -114,9 +114,9 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -125,7 +125,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
+            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -1,14 +1,13 @@
 """DINO: the student predicts the teacher's sharpened and centered distribution over prototypes for the other view.
 
     student p = softmax(s / 0.1),  teacher q = softmax((t - center) / teacher_temperature)
-    loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_k q_k log p_k                              (Eq. 3)
-    after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student
+    loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_k q_k log p_k = H(q, q) + KL(q||p)         (Eq. 3)
+    after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s and t are the student's and the teacher's scores of a view, 1 or 2: cosines with k prototypes, each has its own. m
-rises from `--momentum` to 1. The loss is `entropy` H(q, q), 0 or log k in collapse, plus `divergence` KL(q||p).
+s, t (n, k): student's and teacher's cosines with their own k prototypes. Terms: `entropy` H(q, q) and `divergence` KL.
 
-What prevents collapse: the center lowers prototypes that win for all images; alone it makes q uniform. A low teacher
-temperature sharpens q; alone it lets one prototype win. `--no-centering` and `--teacher-temperature 1` remove them.
+What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
+`entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
@@ -25,9 +24,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
+# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 256}}
+SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
 
 def add_flags(parser):
@@ -59,7 +58,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1
+        self.temperature = 0.1  # the student's, for the metrics
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
         self.teacher = common.frozen_copy(self)  # no gradient; in train mode, so its batch norms see the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
@@ -86,9 +85,9 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -98,7 +97,7 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
+            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
             optimizer.step()
             model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

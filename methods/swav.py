@@ -5,8 +5,8 @@
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: columns of equal sums, so images cannot all take one prototype. If all images had equal scores,
-q would be uniform and the loss log k. Small `--epsilon` helps to leave it. `--no-sinkhorn`: q = softmax(s / epsilon).
+What prevents collapse: Sinkhorn gives all prototypes about equal shares. `--no-sinkhorn`: q = softmax(s / epsilon).
+A run can stay where all scores are equal and the loss is log k. With a smaller `--epsilon` q differs between images.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam instead of LARS, 512 prototypes, not 3000, no queue by default.
@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
+# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -61,7 +61,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1
+        self.temperature = 0.1  # of p, for the metrics
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))
@@ -87,20 +87,20 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # as published
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # as the authors do
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows of all processes
-            m = args.queue if epoch >= 15 and run.step * args.batch_size >= args.queue else 0  # late and full
+            m = args.queue if epoch >= 15 and run.step * args.batch_size >= args.queue else 0  # late, once it is full
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
+            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

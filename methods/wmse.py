@@ -4,7 +4,7 @@
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
 
 z are the embeddings of one view in a part of the batch (`--part-size` images), w is their whitened form. w1_i and w2_i
-belong to image i's two views, and the mean is over all images.
+belong to image i's two views. The loss is the mean squared error (MSE) of w1_i and w2_i scaled to length 1.
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
 dimensions may become copies of one, with `--whitening none` all z may become one vector.
@@ -24,13 +24,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: what each view changes of --augment strong, see common.AUGMENT. SIZES: this method's flags on small data sets.
+# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-SIZES = {name: {"lr": 1e-3, "embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"lr": 1e-3}}
+SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # theirs
+    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
     parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
@@ -85,9 +85,9 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch in run.epochs():
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first=run.step % run.steps_per_epoch):
-            for group in optimizer.param_groups:  # linear warm-up, in which progress is 0; then a half cosine to zero
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
                 group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
@@ -95,7 +95,7 @@ def main():
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a sum: each has the whole loss, but its own rows' gradient
+            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

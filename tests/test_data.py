@@ -146,6 +146,19 @@ def test_shapes_are_ten_balanced_classes_and_the_same_every_time():
     seen = {image.numpy().tobytes() for image in data.images}
     assert not any(image.numpy().tobytes() in seen for image in data.test_images)
     assert load(dataset="shapes", image_size=48).images.shape[-1] == 48
+
+
+def test_shapes_cannot_be_told_by_pixels_or_brightness():
+    """Neighbours by pixels or by histograms of gray find few classes. (A supervised ResNet-18 finds 97 % of them.)"""
+    data = load(dataset="shapes", image_size=16)
+    pixels, tests = (images.flatten(1).float() for images in (data.images, data.test_images))
+    histograms, others = (torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests))
+    assert common.knn_accuracy(pixels, data.labels, tests, data.test_labels) < 0.3
+    assert common.knn_accuracy(histograms, data.labels, others, data.test_labels) < 0.3
+
+
+def test_the_monitor_sees_all_classes():
+    data = load(dataset="shapes", image_size=16)
     # The few images that the training monitor takes are of all classes.
     assert len(set(data.labels[common.evenly_spaced(data.images, 500)].tolist())) == 10
 
