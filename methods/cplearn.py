@@ -1,21 +1,20 @@
-"""CPLearn: assign both views of an image to the same one of c random codes, and use all codes equally often.
+"""CPLearn: give both views of an image the same distribution over c random codes, and use all codes equally often.
 
-    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))   (Eqs. 1 and 2)
+    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))         (Eq. 1)
     invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
-log((1 - eps(c-1)) / eps), eps = 1e-8: z = w_j has w_jᵀz = f, other products near 0, so p_j = 1 - eps(c-1).
+log((1 - eps(c-1)) / eps) with eps = 1e-8. If z is the code w_j, then w_jᵀz = f, and p_j is about 1 - eps(c-1).
 
-What prevents collapse: the prior: one sharp code for all costs log c. Batch norm: without it all z could be one vector
-with nearly uniform p, and the prior would not notice. Many codes, c >> f: random codes are nearly orthogonal, and z in
-few dimensions are close to few codes, so equal use needs all f (the paper's argument). `--beta 10` leaves few codes.
-What to expect: a start near beta log c. n images use at most n codes, so sharp p cost log(c/n), by default more than
-that: p stays soft, kNN rises, the loss hardly falls. At beta 1 the start ties with one code for all.
+What prevents collapse: (1) If all images have one code, the prior is log c. `--beta 10` outweighs it. (2) If all z are
+one vector with uniform p, the prior is 0; batch norm forbids that. (3) Random codes are nearly orthogonal: z in few
+dimensions come near few of c >> f codes, so equal use needs all dimensions. What to expect: p starts uniform, the loss
+near beta log c = 0.49. A code for each image costs log(c/n) = 4.2, so p stays soft and the loss hardly falls.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's prior instead of Eq. 2's CE(u, mean p). The 1/sqrt(n) in z and tau cancels.
-Run: python methods/cplearn.py --c 16384
+Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p). The 1/sqrt(n) in z and tau cancels.
+Run: python methods/cplearn.py --c 16384  (its ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
 import math
@@ -30,13 +29,13 @@ import common
 
 # VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"c": 1024}, "blobs": {"c": 64}, "moons": {"c": 64}}
+SIZES = {"shapes": {"c": 1024, "beta": 0.1}} | {name: {"c": 64, "beta": 0.5} for name in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4)
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # c, beta, f: Table 7
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
-    parser.add_argument("--beta", type=common.number(0), default=0.25, help="weight of invariance")
+    parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
     parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
@@ -46,17 +45,17 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl"):
+def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
     """The loss of embeddings (n, f), float32, of norm sqrt(f), and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_mean = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c); in log space, as 0 log 0 is NaN
-    matching = (log_mean.exp() * (log_mean + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_mean.mean()
-    return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
+    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of the means m of p1 and of p2
+    prior_loss = (log_m.exp() * (log_m + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_m.mean()
+    return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
 
 
-def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=32768):
+def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=32768):
     """loss_fn in blocks of codes, each computed again for the gradient, so that no matrix (n, c) is held."""
     n, c, z, checkpoint = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
     blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
@@ -64,12 +63,12 @@ def loss_in_blocks(z1, z2, codes, *, tau, beta=0.25, prior="reverse-kl", block=3
 
     def terms(w):
         log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
-        log_mean = log_p.logsumexp(1) - math.log(n)
-        match = log_mean.exp() * (log_mean + math.log(c)) if prior == "reverse-kl" else -log_mean / c
-        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, match.sum()]) / 2  # the mean of the two views
+        log_m = log_p.logsumexp(1) - math.log(n)
+        prior_part = log_m.exp() * (log_m + math.log(c)) if prior == "reverse-kl" else -log_m / c
+        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, prior_part.sum()]) / 2  # mean of the two views
 
-    invariance, matching = sum(checkpoint(terms, w, use_reentrant=False) for w in blocks)
-    return {"loss": beta * invariance + matching, "invariance": invariance, "prior": matching}
+    invariance, prior_loss = sum(checkpoint(terms, w, use_reentrant=False) for w in blocks)
+    return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
 
 
 def draw_codes(kind, f, c, seed):
