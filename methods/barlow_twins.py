@@ -83,7 +83,7 @@ def main():
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -90,9 +90,9 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
-            model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
+            model.update_teacher(m=1 - (1 - args.momentum) * (1 + math.cos(math.pi * run.step / run.total_steps)) / 2)
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

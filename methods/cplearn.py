@@ -7,14 +7,15 @@ h is the backbone's output for a view. W (f, c) holds the codes w_j: random sign
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
 log((1 - eps(c-1)) / eps) with eps = 1e-8. If z is the code w_j, then w_jᵀz = f, and p_j is about 1 - eps(c-1).
 
-What prevents collapse: (1) If all images have one code, the prior is log c. `--beta 10` outweighs it. (2) If all z are
-one vector with uniform p, the prior is 0; batch norm forbids that. (3) Random codes are nearly orthogonal: z in few
-dimensions come near few of c >> f codes, so equal use needs all dimensions. What to expect: p starts uniform, the loss
-near beta log c = 0.49. A code for each image costs log(c/n) = 4.2, so p stays soft and the loss hardly falls.
+What prevents collapse: the prices of solutions, here for n = 256, c = 16384, beta = 0.05:
+  one code for all images    prior = log c = 9.7. Only a large beta buys it, as `--beta 10` does
+  one z for all, p uniform   beta log c = 0.5, the price at the start. Batch norm keeps the z of a batch apart
+  few dimensions             random codes are nearly orthogonal: z in few dimensions are near few of c >> f codes
+  one code for each image    prior = log(c / n) = 4.2. So p stays soft, and the loss hardly falls while kNN rises
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p). The 1/sqrt(n) in z and tau cancels.
-Run: python methods/cplearn.py --c 16384  (its ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
+Run: python methods/cplearn.py --c 16384  (paper: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
 import math
@@ -33,7 +34,7 @@ SIZES = {"shapes": {"c": 1024, "beta": 0.1}} | {name: {"c": 64, "beta": 0.5} for
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # c, beta, f: Table 7
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # and c, beta: Table 7
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
@@ -124,7 +125,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

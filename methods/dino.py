@@ -4,7 +4,7 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_k q_k log p_k = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): student's and teacher's cosines with their own k prototypes. Terms: `entropy` H(q, q) and `divergence` KL.
+s, t (n, k): cosines of student's and teacher's z with k prototypes of their own. `entropy` is H(q, q).
 
 What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
 `entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
@@ -97,9 +97,9 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
-            model.update_teacher(1 - (1 - args.momentum) * (math.cos(math.pi * run.step / run.total_steps) + 1) / 2)
+            model.update_teacher(m=1 - (1 - args.momentum) * (1 + math.cos(math.pi * run.step / run.total_steps)) / 2)
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)
             run.step += 1
             run.end_step(terms)

@@ -5,8 +5,7 @@
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: Sinkhorn gives all prototypes about equal shares. `--no-sinkhorn`: q = softmax(s / epsilon).
-A run can stay where all scores are equal and the loss is log k. With a smaller `--epsilon` q differs between images.
+What prevents collapse: Sinkhorn gives all prototypes about equal shares. `--no-sinkhorn` takes softmax(s / epsilon).
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam instead of LARS, 512 prototypes, not 3000, no queue by default.
@@ -31,7 +30,7 @@ SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"protot
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
     parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
-    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="smaller: sharper targets")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if the loss stays at log k")
     parser.add_argument("--queue", type=common.integer(0), default=0, help="embeddings; used from epoch 15 on")
     parser.add_argument("--no-sinkhorn", action="store_true", help="softmax instead of equal shares; collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
@@ -100,7 +99,7 @@ def main():
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

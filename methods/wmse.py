@@ -95,7 +95,7 @@ def main():
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient through its own rows only
+            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -191,6 +191,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
         (["--backbone", "resnet18", "--dataset", "folder", "--data-dir", "nowhere"], "'nowhere/train'"),
         (["--device", "cuda"], "--device"),
         (["--optimizer", "adamw"], "adamw"),
+        (["--optimizer", "lars"], "--optimizer lars needs its own --lr, because 0.001 is meant for adam"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path):
