@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
+# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -75,15 +75,17 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
-                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
+            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32 rows of all processes
+            z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
+            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

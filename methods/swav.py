@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
+# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -88,18 +88,20 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
-                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
+            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # as the authors do
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows of all processes
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows; of all processes, if several
             m = args.queue if epoch >= 15 and run.step * args.batch_size >= args.queue else 0  # late, once it is full
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
+            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to --augment strong (common.AUGMENT), view by view. SIZES: this method's defaults for small data sets.
+# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
 SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
@@ -32,7 +32,7 @@ SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
-    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="at most half of --part-size")
+    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
 
 
@@ -40,20 +40,20 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part must have more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
     white, n = [], min(len(z1), part_size)
     for z in (z1, z2):
-        z = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); a remainder smaller than a part is dropped
+        w = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
         if whitening != "none":
-            z = z - z.mean(1, keepdim=True)
+            w = w - w.mean(1, keepdim=True)
         if whitening == "batchnorm":
-            z = z / (z.var(1, keepdim=True) + 1e-5).sqrt()
+            w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
-            z = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
-            lower, failed = torch.linalg.cholesky_ex(z.mT @ z / (n - 1))  # (parts, d, d)
+            w = w if w.device.type == "mps" else w.double()  # float32 can fail, but mps has nothing better
+            lower, failed = torch.linalg.cholesky_ex(w.mT @ w / (n - 1))  # (parts, d, d)
             lower = lower.masked_fill(failed.view(-1, 1, 1) > 0, math.nan)  # a singular covariance makes the loss NaN
-            z = torch.linalg.solve_triangular(lower, z.mT, upper=False).mT  # rows w = L⁻¹ z
-        white.append(z)
+            w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
+        white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
     return {"loss": 2 - 2 * cosine, "cosine": cosine}
 
@@ -87,15 +87,17 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            for group in optimizer.param_groups:  # linear warm-up while progress is 0; then half a cosine down to 0
-                group["lr"] = args.lr * min((run.step + 1) / run.warmup, (1 + math.cos(math.pi * run.progress)) / 2)
+            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32 rows of all processes
+            z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum over processes: each one's gradient is that of its own rows
+            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)
