@@ -6,11 +6,11 @@
 Z1 and Z2 (n, d) are the embeddings of two views of n images, each column standardised over the batch. So C_ij is the
 correlation of dimension i of view 1 with dimension j of view 2. The sums are called `invariance` and `redundancy`.
 
-What prevents collapse: a standardised column has variance 1, so it cannot be constant. The second sum keeps columns
-from being copies of each other. `--lambda-offdiag 0` removes it.
+What prevents collapse: a constant column standardises to 0, so that C_ii = 0 and the first sum grows. The second sum
+grows if columns are copies of each other. `--lambda-offdiag 0` removes it.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
-Departs from the paper: lambda of the authors' code, not 0.005, Adam instead of LARS, projector 2048 wide, not 8192.
+Departs from the paper: lambda 0.0051 (authors' code), not 0.005, Adam instead of LARS, projector 2048 wide, not 8192.
 Run: python methods/barlow_twins.py
 """
 

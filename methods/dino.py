@@ -1,7 +1,7 @@
 """DINO: the student predicts the teacher's sharpened and centered distribution over prototypes for the other view.
 
     student p = softmax(s / 0.1),  teacher q = softmax((t - center) / teacher_temperature)
-    loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_k q_k log p_k = H(q, q) + KL(q||p)         (Eq. 3)
+    loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
 s, t (n, k): cosines of student's and teacher's z with k prototypes of their own. `entropy` is H(q, q).

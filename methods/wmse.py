@@ -4,7 +4,7 @@
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
 
 z are the embeddings of one view in a part of the batch (`--part-size` images), w is their whitened form. w1_i and w2_i
-belong to image i's two views. The loss is the mean squared error (MSE) of w1_i and w2_i scaled to length 1.
+belong to image i's two views. With both scaled to length 1, the loss is mean_i ||w1_i - w2_i||², hence the name MSE.
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
 dimensions may become copies of one, with `--whitening none` all z may become one vector.
@@ -63,7 +63,7 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
-            common.fail(f"--embedding-dim {args.embedding_dim} needs twice as large --part-size and --batch-size")
+            common.fail(f"--embedding-dim {args.embedding_dim} needs a --part-size and a --batch-size of twice that")
         d = args.projector_dim
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),

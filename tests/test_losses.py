@@ -292,6 +292,24 @@ def test_cplearn_codes(methods):
     assert {tuple(column) for column in h.T.int().tolist()} <= columns
 
 
+@pytest.mark.parametrize("f, few, many", [(128, 1.29, 0.033), (2048, 0.083, 0.0005)])
+def test_cplearn_prior_forbids_few_dimensions(methods, f, few, many):
+    """The prices in its docstring: the prior of n = 256 embeddings that fill 0 (one vector), 1, 5, 20, 100 dimensions.
+    One vector costs (f / tau)² / 2f, the Gaussian approximation of its logits."""
+    c, n, prices = 16384, 256, []
+    codes, tau = methods["cplearn"].draw_codes("rademacher", f, c, 0).float(), temperature(n, f, c) * math.sqrt(n)
+    for dimensions in (0, 1, 5, 20, 100):
+        rng = common.generator(dimensions)
+        z = torch.randn(n, max(1, dimensions), generator=rng) @ torch.randn(max(1, dimensions), f, generator=rng)
+        z = math.sqrt(f) * torch.nn.functional.normalize(z if dimensions else z[:1].expand(n, f), dim=1)
+        prices.append(methods["cplearn"].loss_fn(z, z, codes, tau=tau)["prior"].item())
+    assert prices == sorted(prices, reverse=True)
+    assert prices[0] == pytest.approx((f / tau) ** 2 / (2 * f), rel=0.1) and prices[0] == pytest.approx(few, rel=0.1)
+    assert prices[-1] == pytest.approx(many, rel=0.2)
+    if f == 128:
+        assert prices[1:4] == pytest.approx([0.7, 0.26, 0.09], rel=0.2)
+
+
 def test_cplearn_scores_are_those_of_eq_1(methods):
     """H W / tau with Eq. 1's H = sqrt(f/n) l2norm(z) and its tau, n being the batch size in training, whatever batch
     is scored; at a corner of the hypercube tanh(z) / sqrt(n) is as long; the authors' tanh is sqrt(n) sharper."""

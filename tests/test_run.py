@@ -225,7 +225,7 @@ def test_bad_input_to_cplearn(flags, words, run, tmp_path):
         ("dino", ["--teacher-temperature", "0"], "--teacher-temperature: must be at least 0.001, not 0"),
         ("simclr", ["--temperature", "nan"], "--temperature"),
         ("swav", ["--queue", "-1"], "--queue: must be at least 0, not -1"),
-        ("wmse", ["--embedding-dim", "40"], "--embedding-dim 40 needs twice as large --part-size and --batch-size"),
+        ("wmse", ["--embedding-dim", "40"], "--embedding-dim 40 needs a --part-size and a --batch-size of twice that"),
     ],
 )
 def test_values_out_of_bounds(method, flags, words, run, tmp_path):
