@@ -200,7 +200,7 @@ def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None):
     assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike: "still uniform"
 
     Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for, because embeddings of
-    points in a plane that span a plane have lost nothing. Where all embeddings are one vector, the other verdicts are
+    points in a plane that span a plane have lost nothing. Where all embeddings are one vector, the other collapses are
     "implied". Without codes, cluster and assignment are undefined: verdict "no codes", number None. Raises ValueError
     for fewer than four embeddings.
     """
@@ -223,7 +223,7 @@ def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None):
     point = numbers["representation"] < thresholds["representation"]
     report = {}
     for mode, number in numbers.items():
-        if point and mode != "representation":
+        if point and mode in ("dimensional", "cluster", "intracluster"):
             verdict = "implied"
         elif number is None:
             verdict = "no codes"
@@ -549,7 +549,7 @@ def tables(numbers):
         "embeddings' directions. Dimensional: logarithm of the effective rank over that of the dimensions. Cluster: "
         "the same of the codes in use. Intracluster: distance to the own cluster over distance to the next. "
         "Assignment: 1 - the mean entropy of an image's assignment over the logarithm of the codes; where it is still "
-        "uniform, training has not left its start. Where all embeddings are one vector, the other verdicts are "
+        "uniform, training has not left its start. Where all embeddings are one vector, the other collapses are "
         "implied.</p><h2>Numbers</h2>"
     )
     rows = []

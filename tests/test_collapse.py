@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -250,6 +251,19 @@ def test_diagnosis_on_images(run, method, flags, taken_away, named):
     alive, dead = ([*IMAGES, *flags, *extra] for extra in ([], taken_away))
     assert run(method, *alive, "--out", "alive").code == run(method, *dead, "--out", "dead").code == 0
     assert not diagnosis("alive") and diagnosis("dead") == named
+
+
+@pytest.mark.parametrize("epsilon, verdict", [("0.05", "still uniform"), ("0.02", "ok")])
+def test_uniform_assignments_of_swav_on_images(run, epsilon, verdict):
+    """With the published epsilon SwAV stays at equal scores on these images, loss log 64. With 0.02 it leaves."""
+    flags = ["--dataset", "shapes", "--width", "8", "--epochs", "3", "--eval-every", "100", "--device", "cpu"]
+    assert run("swav", *flags, "--epsilon", epsilon, "--out", "a").code == 0
+    last = json.loads(Path("a", "log.jsonl").read_text().splitlines()[-1])
+    assert (last["assignment_entropy"] > 0.99) == (verdict == "still uniform") == (last["loss"] > 4.158)
+    model, data = read("a")
+    test = common.extract(model, data.test_images, data)
+    report = analyze.diagnose(test["embedding"], test["codes"], 64, data.test_images[0].numel(), test["entropy"])
+    assert report["assignment"]["verdict"] == verdict
 
 
 @pytest.mark.parametrize("method", ["barlow_twins", "simclr"])

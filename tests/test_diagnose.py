@@ -53,7 +53,7 @@ def test_one_vector_for_all_is_representation_collapse(n, d):
     for noise in (0, 1e-3):
         z = torch.ones(d) + noise * torch.randn(n, d, generator=common.generator(1))
         report = analyze.diagnose(z, codes, 64)
-        assert [r["verdict"] for r in report.values()] == ["collapsed", *["implied"] * 4]
+        assert [r["verdict"] for r in report.values()] == ["collapsed", *["implied"] * 3, "no codes"]
     report = analyze.diagnose(torch.zeros(n, d))
     assert report["representation"]["verdict"] == "collapsed" and report["representation"]["number"] == 0
 
@@ -83,7 +83,8 @@ def test_uniform_assignments_are_named():
         assert report["assignment"]["number"] == pytest.approx(expected.item(), abs=1e-6)
         assert report["assignment"]["verdict"] == verdict
         assert {r["verdict"] for mode, r in report.items() if mode != "assignment"} == {"ok"}
-    assert analyze.diagnose(torch.ones(300, 16), codes, 64, entropy=entropy)["assignment"]["verdict"] == "implied"
+    # One vector for all can have sharp assignments too.
+    assert analyze.diagnose(torch.ones(300, 16), codes, 64, entropy=entropy)["assignment"]["verdict"] == "ok"
 
 
 def test_more_codes_than_images():
