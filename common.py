@@ -19,6 +19,7 @@ import platform
 import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +175,8 @@ def decode_images(root, split, files, size):
         def decode(i):
             try:
                 with Image.open(files[i]) as image:
+                    if image.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
+                        return files[i]
                     image = TF.center_crop(TF.resize(image.convert("RGB"), size, antialias=True), size)
                 array[i] = np.asarray(image).transpose(2, 0, 1)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -184,7 +187,7 @@ def decode_images(root, split, files, size):
                 done = pool.map(decode, range(len(files)))
                 bad = [str(p) for p in tqdm(done, f"decode {split}", len(files), disable=None, leave=False) if p]
             if bad:
-                fail(f"{len(bad)} unreadable image(s), the first is {bad[0]!r}; replace or remove")
+                fail(f"{len(bad)} image(s) are damaged or have more than 8 bits, the first is {bad[0]!r}; replace them")
             array.flush()
             os.replace(part, cache)
         finally:
@@ -841,6 +844,9 @@ def load_checkpoint(path):
     if not path.exists():
         fail(f"no checkpoint at {str(path)!r}; training writes one to runs/<method>-<dataset>-seed<seed>/last.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"method", "args", "epoch", "step", "model", "backbone"} - state.keys()
     except Exception as error:  # torch.load raises half a dozen kinds of exceptions on files that are damaged

@@ -58,8 +58,9 @@ def checkpoint_args(state, options):
 
 def load_method(name):
     """The module methods/<name>.py."""
-    path = Path(__file__).parent / "methods" / f"{name}.py"
-    if not path.exists():
+    folder = Path(__file__).parent / "methods"
+    path = folder / f"{name}.py"
+    if path not in folder.iterdir():  # nothing else, as a name like "../x" would run code elsewhere
         common.fail(f"the checkpoint is of method {name!r}, and there is no methods/{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -80,7 +80,13 @@ def test_folder_that_cannot_be_read_is_named(images, capsys):
         (images / "train" / "dog" / "3.png").write_bytes(broken)
         assert "images/train/dog/3.png" in refused(capsys)
         assert not list((images / ".cache-16").iterdir())
+    # 16-bit and float images would be clipped to 8 bits.
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(images / "train" / "dog" / "3.png")
+    assert "more than 8 bits" in refused(capsys)
     (images / "train" / "dog" / "3.png").write_bytes(whole)
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(images / "train" / "dog" / "4.tiff")
+    assert "images/train/dog/4.tiff" in refused(capsys)
+    (images / "train" / "dog" / "4.tiff").unlink()
     assert len(load().images) == 12
     (images / "val").rename(images / "elsewhere")
     (images / "val").mkdir()

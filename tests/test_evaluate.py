@@ -1,9 +1,11 @@
 """evaluate.py: each part against scikit-learn, and the command as it is typed."""
 
 import argparse
+import io
 import json
 import math
 import shutil
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -105,11 +107,19 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     whole = (tmp_path / trained[0] / "last.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     assert "damaged or not a checkpoint" in run("evaluate", "half.pt").error
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:  # one bit of a weight
+        weights = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
+    at = whole.index(weights) + len(weights) // 2
+    (tmp_path / "flipped.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+    assert "damaged or not a checkpoint" in run("evaluate", "flipped.pt").error
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     assert "not a checkpoint of these methods" in run("evaluate", "foreign.pt").error
     state = torch.load(tmp_path / trained[0] / "last.pt", weights_only=True)
     torch.save(state | {"method": "magic"}, tmp_path / "unknown.pt")
     assert "no methods/magic.py" in run("evaluate", "unknown.pt").error
+    (tmp_path / "code.py").write_text("raise SystemExit('code of a stranger')")
+    torch.save(state | {"method": str(tmp_path / "code")}, tmp_path / "unknown.pt")
+    assert "and there is no methods/" in run("evaluate", "unknown.pt").error
     torch.save(state | {"args": state["args"] | {"projector_dim": 8}}, tmp_path / "other.pt")
     assert "does not fit" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
