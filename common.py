@@ -966,13 +966,14 @@ class Run:
 
     def stop_if_told(self, ask):
         """Saves and exits if a signal has come. Several processes `ask` each other first, to stop at the same step."""
+        told = self.stop_signal
         if world_size() > 1:
             if not ask:
                 return
-            flag = torch.tensor(int(self.stop_signal), device=self.data.mean.device)
+            flag = torch.tensor(int(told), device=self.data.mean.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stop_signal = flag.item()
-        if self.stop_signal:
+            told = flag.item()  # a signal that came meanwhile stays for the next time
+        if told:
             self.check_finite(self.means(1))
             self.save()
             self.bar.close()
@@ -980,7 +981,7 @@ class Run:
                 print(f"\nstopped, saved {self.checkpoint}; the same command with --resume goes on")
             if dist.is_initialized():
                 dist.destroy_process_group()
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + told)
 
     def begin_log(self):
         """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""

@@ -233,6 +233,27 @@ def test_values_out_of_bounds(method, flags, words, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_that_comes_during_the_vote_is_not_lost(monkeypatch):
+    """Several processes agree by an all-reduce on whether to stop. What comes while they do so counts the next time."""
+    run, votes = common.Run.__new__(common.Run), []
+    run.stop_signal, run.data = 0, argparse.Namespace(mean=torch.zeros(1))
+
+    def all_reduce(flag, op):
+        votes.append(flag.item())
+        run.stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(common.Run, "means", lambda self, steps: {})
+    monkeypatch.setattr(common.Run, "save", lambda self: None)
+    run.bar = argparse.Namespace(close=lambda: None)
+    run.checkpoint = "last.pt"
+    run.stop_if_told(ask=True)
+    with pytest.raises(SystemExit) as stop:
+        run.stop_if_told(ask=True)
+    assert votes == [0, signal.SIGTERM] and stop.value.code == 128 + signal.SIGTERM
+
+
 def test_resume_refuses_another_run_and_broken_checkpoints(run, tmp_path):
     assert run("barlow_twins", *RUN, "--out", "r").code == 0
     checkpoint = tmp_path / "r" / "last.pt"
