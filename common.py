@@ -817,8 +817,8 @@ def build_optimizer(model, args):
             w.grad.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
 
     lars, fused = args.optimizer == "lars", parameters[0].device.type == "cuda"
-    groups = [{"params": weights, "weight_decay": 0.0 if lars else args.weight_decay}]
-    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    decay = 0.0 if lars else args.weight_decay
+    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
