@@ -261,9 +261,11 @@ def two_views(data, args, views, epoch, first=0):
         index = order[step * size : (step + 1) * size]
         draw = generator(args.seed, epoch, step)
         if data.images.ndim == 2:
+            # The other view is a random point of the same class, whose points stand together in `by_class`.
             labels = data.labels.cpu()
-            same_class = (labels[index, None] == labels).float()
-            partners = torch.multinomial(same_class, 1, generator=draw)[:, 0]
+            by_class, count = torch.argsort(labels, stable=True), torch.bincount(labels)
+            place = (torch.rand(size, generator=draw) * count[labels[index]]).long()
+            partners = by_class[(count.cumsum(0) - count)[labels[index]] + place]
             yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
             continue
         images = data.images[index[mine].to(data.images.device)].to(data.mean.device)
