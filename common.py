@@ -229,8 +229,8 @@ SHAPES = {
 def draw_shapes(n, size, seed):
     """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,).
 
-    Size, place and rotation vary, so that pixels say little about the class, and so does the noise. Colors and ground
-    do not: both views of an image would share them, and a method could learn them instead of the shape.
+    Size, place, rotation and noise vary, so that pixels say little about the class. Colors and ground do not: both
+    views of an image would share them, and a method could learn them instead of the shape.
     """
     rng = generator(seed)
 
@@ -555,7 +555,8 @@ def normalised_entropy(scores):
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
-    `features`; with `embeddings` also the `embedding`, which the loss acts on, and assigned `codes`, if it has any."""
+    `features`; with `embeddings` also the `embedding`, which the loss acts on, and for a method with codes or prototypes
+    the assigned `codes` and the `entropy` of the assignments over log c."""
     training = model.training
     model.eval()
     parts = []

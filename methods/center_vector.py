@@ -30,7 +30,7 @@ SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
     parser.add_argument("--center-weight", type=common.number(0), default=1.0, help="weight of center; 0: collapse")
     parser.add_argument("--penalty", choices=["squared", "norm"], default="squared", help="||s||² or ||s||")
 

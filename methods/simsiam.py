@@ -9,7 +9,7 @@ What prevents collapse: predictor and stop-gradient together. Without one of the
 `--no-predictor` and `--no-stop-gradient` remove them.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: weight decay 5e-4, not 1e-4. The predictor's learning rate falls like the others'.
+Departs from the paper: weight decay 5e-4, not ImageNet's 1e-4. The predictor's learning rate falls like the others'.
 Run: python methods/simsiam.py
 """
 

@@ -155,7 +155,7 @@ def test_shapes_are_ten_balanced_classes_and_the_same_every_time():
 
 
 def test_shapes_cannot_be_told_by_pixels_or_brightness():
-    """Neighbours by pixels or by histograms of gray find few classes. (A supervised ResNet-18 finds 97 % of them.)"""
+    """Neighbours by pixels or by histograms of gray find few classes."""
     data = load(dataset="shapes", image_size=16)
     pixels, tests = (images.flatten(1).float() for images in (data.images, data.test_images))
     histograms, others = (torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests))

@@ -292,8 +292,8 @@ def test_cplearn_codes(methods):
     assert {tuple(column) for column in h.T.int().tolist()} <= columns
 
 
-@pytest.mark.parametrize("f, few, many", [(128, 1.29, 0.033), (2048, 0.083, 0.0005)])
-def test_cplearn_prior_forbids_few_dimensions(methods, f, few, many):
+@pytest.mark.parametrize("f, one_vector, hundred", [(128, 1.29, 0.033), (2048, 0.083, 0.0005)])
+def test_cplearn_prior_forbids_few_dimensions(methods, f, one_vector, hundred):
     """The prices in its docstring: the prior of n = 256 embeddings that fill 0 (one vector), 1, 5, 20, 100 dimensions.
     One vector costs (f / tau)² / 2f, the Gaussian approximation of its logits."""
     c, n, prices = 16384, 256, []
@@ -304,8 +304,9 @@ def test_cplearn_prior_forbids_few_dimensions(methods, f, few, many):
         z = math.sqrt(f) * torch.nn.functional.normalize(z if dimensions else z[:1].expand(n, f), dim=1)
         prices.append(methods["cplearn"].loss_fn(z, z, codes, tau=tau)["prior"].item())
     assert prices == sorted(prices, reverse=True)
-    assert prices[0] == pytest.approx((f / tau) ** 2 / (2 * f), rel=0.1) and prices[0] == pytest.approx(few, rel=0.1)
-    assert prices[-1] == pytest.approx(many, rel=0.2)
+    assert prices[0] == pytest.approx((f / tau) ** 2 / (2 * f), rel=0.1)
+    assert prices[0] == pytest.approx(one_vector, rel=0.1)
+    assert prices[-1] == pytest.approx(hundred, rel=0.2)
     if f == 128:
         assert prices[1:4] == pytest.approx([0.7, 0.26, 0.09], rel=0.2)
 
