@@ -555,8 +555,8 @@ def normalised_entropy(scores):
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
-    `features`; with `embeddings` also the `embedding`, which the loss acts on, and for a method with codes or prototypes
-    the assigned `codes` and the `entropy` of the assignments over log c."""
+    `features`; with `embeddings` also the `embedding`, which the loss acts on, and, for codes or prototypes, the
+    assigned `codes` and the `entropy` of the assignments over log c."""
     training = model.training
     model.eval()
     parts = []
