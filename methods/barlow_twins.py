@@ -7,7 +7,7 @@ Z1 and Z2 (n, d) are the embeddings of two views of n images, each column standa
 correlation of dimension i of view 1 with dimension j of view 2. The sums are called `invariance` and `redundancy`.
 
 What prevents collapse: a constant column standardises to 0, so that C_ii = 0 and the first sum grows. The second sum
-grows if columns are copies of each other. `--lambda-offdiag 0` removes it.
+grows if columns are copies of each other. `--lambda-offdiag 0` removes the second sum.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
 Departs from the paper: lambda 0.0051 (authors' code), not 0.005, Adam instead of LARS, projector 2048 wide, not 8192.
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -39,7 +39,7 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` and `redundancy`."""
-    # Batch norm without parameters standardises columns. Its variance is over n, so identical views have C_ii = 1.
+    # Batch norm without parameters standardises columns. It divides by n, not n - 1, so identical views have C_ii = 1.
     z1, z2 = (nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
@@ -75,8 +75,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -85,7 +85,7 @@ def main():
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
+            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
             optimizer.step()
             run.step += 1
             run.end_step(terms)

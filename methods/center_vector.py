@@ -2,15 +2,14 @@
 
     loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all 2n embeddings                   (Eq. 32)
 
-z1_i and z2_i are the embeddings of two views of image i, normalised to length 1. The terms are called `invariance` and
-`center`. ||s||² is also the mean inner product of all pairs of embeddings.
+z1_i and z2_i are the embeddings of two views of image i, scaled to length 1. Terms: `invariance`, and `center`, ||s||².
 
 What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. At weight 1 the loss is minus half the
 trace of the covariance between the views, so one point for all is the worst. `--center-weight 0` removes the penalty.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: Eq. 32 adds the vector s itself to a number; here it is ||s||² (or ||s||, `--penalty norm`). The
-views' distance is minus the cosine, as in Eq. 4, not the squared distance, which is 2 - 2 cosine and needs weight 2.
+Departs from the paper: ||s||² (or ||s||, `--penalty norm`) where Eq. 32 adds the vector s itself. Views agree by their
+cosine, as in Eq. 4, not by their squared distance, as in Eq. 32. So weight 1 here is weight 2 there.
 Run: python methods/center_vector.py
 """
 
@@ -24,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -75,8 +74,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -85,7 +84,7 @@ def main():
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
+            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -5,17 +5,17 @@
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
-log((1 - eps(c-1)) / eps) with eps = 1e-8. If z is the code w_j, then w_jᵀz = f, and p_j is about 1 - eps(c-1).
+log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are near 0, p_j is about 1 - eps(c-1).
 
-What prevents collapse: the prior. For c = 16384, f = 128 and a batch of n = 256 images it is
-  log c = 9.7 if all images have one sharp code. With `--beta 10` the agreement of the views outweighs that.
-  1.3 if all z are one vector, which batch norm forbids too, and 0.7, 0.3, 0.1, 0.03 if z fill 1, 5, 20, 100 dimensions:
-  random codes are nearly orthogonal, so z in few dimensions come near few codes. (At f = 2048 it is 0.08 and less.)
-A sharp code for each image has prior log(c / n) = 4.2. So p stays soft: the loss starts near 0.5 and falls little.
+What prevents collapse: the prior. `--beta 10` outweighs it. For c = 16384, f = 128 and n = 256 images, the prior is
+  log c = 9.7        if all images have the same sharp p, 1.3 if all z are one vector (batch norm forbids this too),
+  0.7, 0.1, 0.03     if z fill 1, 20, 100 dimensions, because z in few dimensions come near few of the random codes,
+  log(c / n) = 4.2   if each image has a sharp p of its own. That costs more than the 0.05 · 8.4 of invariance that it
+                     saves, so p stays soft: the loss starts near 0.5 and falls little.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n) in z and tau (it cancels).
-Run: python methods/cplearn.py --c 16384  (paper: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
+Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n), which z and tau share.
+Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
 import math
@@ -28,13 +28,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} for name in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # and c, beta: Table 7
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # c, beta: Table 7 (ResNet-8)
     parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
@@ -57,7 +57,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
 
 
 def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=32768):
-    """loss_fn in blocks of codes, each computed again for the gradient, so that no matrix (n, c) is held."""
+    """loss_fn for a very large c. Skip it at first reading. Each block of codes is computed again for the gradient."""
     n, c, z, checkpoint = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
     blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
     log_sum = torch.stack([checkpoint(logsumexp, w, use_reentrant=False) for w in blocks]).logsumexp(0)  # (2, n, 1)
@@ -80,7 +80,8 @@ def draw_codes(kind, f, c, seed):
     if f & (f - 1) or c > f:
         common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
     bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length())) & 1  # row i holds the binary digits of i
-    return 1 - 2 * (bits @ bits[torch.randperm(f, generator=rng)[:c]].T % 2).to(torch.int8)
+    # Entry (i, j) of Sylvester's matrix is -1 if i and j have an odd number of ones in common, else 1.
+    return 1 - 2 * ((bits @ bits[torch.randperm(f, generator=rng)[:c]].T) % 2).to(torch.int8)
 
 
 class Model(nn.Module):
@@ -92,7 +93,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as in the authors' code
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # authors: 1/sqrt(n) in tau
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -100,7 +101,7 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1)
+        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1)  # for the metrics
 
 
 # --- training
@@ -116,8 +117,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -127,7 +128,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
+            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
             optimizer.step()
             run.step += 1
             run.end_step(terms)

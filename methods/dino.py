@@ -4,7 +4,7 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): cosines of student's and teacher's z with k prototypes of their own. `entropy` is H(q, q).
+s, t (n, k): cosines of z with k prototypes, the student's and the teacher's. `entropy` is H(q, q), `divergence` KL.
 
 What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
 `entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
@@ -58,9 +58,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1  # the student's, for the metrics
+        self.temperature = 0.1  # the student's, as in loss_fn; the metrics need it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # no gradient; in train mode, so its batch norms see the batch
+        self.teacher = common.frozen_copy(self)  # of all above; in train mode: its batch norms see the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -69,7 +69,8 @@ class Model(nn.Module):
     def scores(self, z):
         return nn.functional.normalize(z.float(), dim=1) @ nn.functional.normalize(self.prototypes.weight, dim=1).T
 
-    def update_teacher(self, m):
+    def update_teacher(self, momentum, progress):
+        m = 1 - (1 - momentum) * (1 + math.cos(math.pi * progress)) / 2  # rises from momentum to 1
         for name, t in self.teacher.named_parameters():
             t.lerp_(self.get_parameter(name).detach(), 1 - m)
 
@@ -87,8 +88,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -99,9 +100,9 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
+            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
             optimizer.step()
-            model.update_teacher(m=1 - (1 - args.momentum) * (1 + math.cos(math.pi * run.step / run.total_steps)) / 2)
+            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # the warm-up counts
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)
             run.step += 1
             run.end_step(terms)

@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: how each view differs from common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -40,13 +40,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines (n, k) and a queue's (m, k), m may be 0: `loss`, `loss12` (q1 and p2) and `loss21`."""
+    """Eq. 2 of cosines s (n, k) and, for Sinkhorn only, of a queue's (m, k), m may be 0: `loss`, `loss12`, `loss21`."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn on logarithms: log_softmax(0) divides columns by their sums
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # after Sinkhorn this is exp, the rows have sum 1 already
+        q = log_q.softmax(1)[: len(s)]  # is exp after Sinkhorn, and softmax(s / epsilon) without
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -60,10 +60,10 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, for the metrics
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics need it
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
-        self.register_buffer("queue", torch.zeros(2, args.queue, 128))
+        self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, the newest first
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -88,20 +88,20 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises, and is 1 at the end of the warm-up
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # is 1 up to the end of the warm-up, then falls to 0
+            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # as the authors do
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # fixed in epoch 0 as published
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows; of all processes, if several
-            m = args.queue if epoch >= 15 and run.step * args.batch_size >= args.queue else 0  # late, once it is full
+            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # as much as has been filled
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # with several processes, each has the gradient of its own rows only
+            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

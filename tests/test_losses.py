@@ -436,7 +436,7 @@ def test_teacher_is_the_moving_average_of_parameters_alone(methods, name, m):
         for s in student:
             s.add_(torch.randn_like(s))
     expected = [m * t.detach() + (1 - m) * s.detach() for t, s in zip(teacher, student, strict=True)]
-    model.update_teacher(m)
+    model.update_teacher(m, progress=0)
     for t, e in zip(model.teacher.parameters(), expected, strict=True):
         torch.testing.assert_close(t.detach(), e)
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.teacher.buffers(), strict=True))
@@ -446,8 +446,15 @@ def test_teacher_is_the_moving_average_of_parameters_alone(methods, name, m):
 @pytest.mark.parametrize("name", ["byol", "dino"])
 def test_momentum_rises_along_a_cosine(name, methods, run, monkeypatch):
     """m = 1 - (1 - momentum) (cos(π progress) + 1) / 2 after each of 22 steps."""
-    used = []
-    monkeypatch.setattr(methods[name].Model, "update_teacher", lambda self, m: used.append(m))
+    used, update = [], methods[name].Model.update_teacher
+
+    def update_and_measure(model, *args, **kwargs):
+        model.backbone[0].bias.data.fill_(0)  # so that the teacher's weight of 1 becomes m
+        model.teacher.backbone[0].bias.data.fill_(1)
+        update(model, *args, **kwargs)
+        used.append(model.teacher.backbone[0].bias[0].item())
+
+    monkeypatch.setattr(methods[name].Model, "update_teacher", update_and_measure)
     main(methods, name, "--epochs", "2", "--momentum", "0.9")
     assert used == pytest.approx([1 - 0.1 * (math.cos(math.pi * step / 22) + 1) / 2 for step in range(22)])
 
@@ -540,7 +547,7 @@ def test_sinkhorn_shares(methods):
 
 
 def test_swav_queue_and_prototypes(methods, run, monkeypatch):
-    """The queue holds the last embeddings and joins once it is full. Prototypes are always unit vectors."""
+    """The queue holds the last embeddings. What is filled joins in epoch 15. Prototypes are always unit vectors."""
     used, seen, loss_fn = [], [], methods["swav"].loss_fn
     networks, model_class = [], methods["swav"].Model
 
@@ -554,10 +561,9 @@ def test_swav_queue_and_prototypes(methods, run, monkeypatch):
         torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(32))
         used.append(len(earlier1))
         if len(earlier1):
-            assert torch.equal(earlier1, model.scores(model.queue[0])) and torch.equal(
-                earlier2, model.scores(model.queue[1])
-            )
-            assert torch.equal(model.queue, torch.cat(seen[::-1], 1)[:, : len(earlier1)])
+            filled = torch.cat(seen[::-1], 1)[:, : len(earlier1)]
+            assert torch.equal(model.queue[:, : len(earlier1)], filled)
+            assert torch.equal(torch.stack([earlier1, earlier2]), model.scores(filled))
         return loss_fn(s1, s2, earlier1, earlier2, **settings)
 
     gather = common.gather
@@ -575,7 +581,7 @@ def test_swav_queue_and_prototypes(methods, run, monkeypatch):
     assert used == 15 * 11 * [0] + 11 * [300]
     used.clear(), seen.clear(), networks.clear()
     main(methods, "swav", "--epochs", "17", "--queue", "22500", "--out", "later")
-    assert used == 16 * 11 * [0] + 11 * [22500]
+    assert used == 15 * 11 * [0] + [min(22500, 128 * step) for step in range(165, 187)] and used[-1] == 22500
     (model,) = networks
     torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(32))
     assert not model.queue.requires_grad and model.prototypes.bias is None
