@@ -6,11 +6,11 @@
 p1 and p2 are a predictor's outputs for the student's projections of two views of an image, t1 and t2 the teacher's
 projections. progress goes from 0 to 1, so m rises from `--momentum` to 1.
 
-What prevents collapse: the predictor, and a teacher that gets no gradient and changes slowly. `--momentum 0` makes the
-teacher the student of the step before. `--no-predictor` compares the projections themselves.
+What prevents collapse: the predictor, and a teacher without gradient that changes slowly. `--momentum 0` starts with a
+teacher that equals the student; m still rises to 1. `--no-predictor` compares the projections themselves.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: Adam on batches of 512, not LARS on 4096. Batch norm statistics are not averaged (their code).
+Departs from the paper: Adam, batches of 512, not LARS, 4096. Only parameters are averaged, not batch norm statistics.
 Run: python methods/byol.py
 """
 
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of all above; in train mode: its batch norms see the batch
+        self.teacher = common.frozen_copy(self)  # of backbone and head; its batch norms see the batch
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
@@ -93,9 +93,9 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
-            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # the warm-up counts
+            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # with the warm-up
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

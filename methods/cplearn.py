@@ -8,10 +8,10 @@ the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means 
 log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are near 0, p_j is about 1 - eps(c-1).
 
 What prevents collapse: the prior. `--beta 10` outweighs it. For c = 16384, f = 128 and n = 256 images, the prior is
-  log c = 9.7        if all images have the same sharp p, 1.3 if all z are one vector (batch norm forbids this too),
+  log c = 9.7        if all z are the same code, so that p is sharp; 1.3 if all are another vector, so that p is soft,
   0.7, 0.1, 0.03     if z fill 1, 20, 100 dimensions, because z in few dimensions come near few of the random codes,
-  log(c / n) = 4.2   if each image has a sharp p of its own. That costs more than the 0.05 · 8.4 of invariance that it
-                     saves, so p stays soft: the loss starts near 0.5 and falls little.
+  log(c / n) = 4.2   if each z is a code of its own. A soft p has an invariance of about 8.4, so this saves 0.05 · 8.4 =
+                     0.4 there. It costs more, so p stays soft: the loss starts near 0.5 and falls little.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n), which z and tau share.
@@ -28,7 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} for name in common.TOYS}
 
@@ -47,7 +47,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f), float32, of norm sqrt(f), and codes (f, c): `loss`, `invariance`, `prior`."""
+    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -93,7 +93,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # authors: 1/sqrt(n) in tau
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # 1/sqrt(n) in tau only
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -128,7 +128,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
             run.step += 1
             run.end_step(terms)

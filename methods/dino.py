@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
@@ -58,9 +58,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1  # the student's, as in loss_fn; the metrics need it
+        self.temperature = 0.1  # the student's, as in loss_fn; for common.extract
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of all above; in train mode: its batch norms see the batch
+        self.teacher = common.frozen_copy(self)  # of backbone, head, prototypes; its batch norms see the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -100,9 +100,9 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
-            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # the warm-up counts
+            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # with the warm-up
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)
             run.step += 1
             run.end_step(terms)

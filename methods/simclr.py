@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {}
 
@@ -82,7 +82,7 @@ def main():
             terms = loss_fn(z1, z2, temperature=args.temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -60,7 +60,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, as in loss_fn; the metrics need it
+        self.temperature = 0.1  # of p, as in loss_fn; for common.extract
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, the newest first
@@ -101,7 +101,7 @@ def main():
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

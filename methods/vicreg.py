@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], most are probabilities. SIZES: changes to common.SIZES, for small data.
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -93,7 +93,7 @@ def main():
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # a process has the loss of all rows, but the gradient of its own: sum
+            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
             optimizer.step()
             run.step += 1
             run.end_step(terms)
