@@ -603,8 +603,13 @@ def finite(value):
 def read_log(path):
     """The epochs' lines of the log beside a checkpoint, an empty list if there is none."""
     log = (path if path.is_dir() else path.parent) / "log.jsonl"
-    lines = log.read_text().splitlines()[1:] if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    try:
+        lines = [json.loads(line) for line in log.read_text().splitlines()[1:]] if log.exists() else []
+        if not all("epoch" in line and all(isinstance(v, int | float) for v in line.values()) for line in lines):
+            raise ValueError
+    except (ValueError, AttributeError, TypeError):
+        common.fail(f"{str(log)!r} is damaged: remove it, and the curves are left out")
+    return lines
 
 
 def labels_of(paths):
@@ -660,6 +665,7 @@ def main():
     jobs = evaluate.read_checkpoints(options)
     names = labels_of([Path(path) for path in options.checkpoints])
     datasets = {path: options.dataset or state["args"]["dataset"] for path, state, _ in jobs}
+    read = {path: read_log(Path(path)) for path in options.checkpoints}
     numbers, arrays, pictures, classes, logs, figures = {}, {}, {}, {}, {}, {}
     bar = tqdm(total=len(jobs) * (len(options.components) + 2), desc="analyze", disable=None, leave=False)
     for (path, state, trained), (model, data) in zip(jobs, evaluate.networks(jobs, options, device), strict=True):
@@ -674,8 +680,8 @@ def main():
         entry, arrays[label], pictures[label] = measure(path, model, data, options.components, bar)
         about = {"method": state["method"], "dataset": dataset, "epoch": state["epoch"] if trained else 0}
         numbers[label], classes[label] = about | entry, data.classes
-        if trained and (log := read_log(Path(path))):
-            logs[label] = log
+        if trained and read[path]:
+            logs[label] = read[path]
         figures[f"matrices-{label}"] = draw_matrices(label, pictures[label]), f"{label}. {CAPTIONS['matrices']}"
         figures[f"nearest-{label}"] = draw_nearest(label, pictures[label], data), f"{label}. {CAPTIONS['nearest']}"
     bar.close()

@@ -37,6 +37,11 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows, where run folders are not locked
+    fcntl = None
+
 
 def fail(message):
     """Ends the program with one line on stderr and exit status 2."""
@@ -161,7 +166,13 @@ def decode_images(root, split, files, size):
 
     They are decoded once into root/.cache-<size>. It is written whole, then renamed, and again when files have changed.
     """
-    stats = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    try:
+        stats = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    except OSError as error:
+        fail(f"cannot read {error.filename!r} ({error.strerror}): remove or replace it")
+    folders = {p.parent for p in files}
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        fail(f"a folder below {str(root / split)!r} is there twice, by a link: remove the link")
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
     cache = root / f".cache-{size}" / f"{split}-{key}.npy"
     if not cache.exists():
@@ -833,11 +844,15 @@ def build_optimizer(model, args):
 def atomic_write(path, write):
     """Writes a file beside `path`, then renames it: a crash leaves the old file or the new one, never half of one."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {str(path)!r} ({error})")
 
 
 def load_checkpoint(path):
@@ -851,17 +866,20 @@ def load_checkpoint(path):
             if archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"method", "args", "epoch", "step", "model", "backbone"} - state.keys()
+        kinds = {"method": str, "args": dict, "epoch": int, "step": int, "model": dict, "backbone": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # torch.load raises half a dozen kinds of exceptions on files that are damaged
         fail(f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}); train again or use a copy")
-    if missing:
-        fail(f"{str(path)!r} is not a checkpoint of these methods: it lacks {sorted(missing)[0]!r}")
+    if wrong:
+        fail(f"{str(path)!r} is not a checkpoint of these methods: its {wrong[0]!r} is missing or of a wrong kind")
     return state
 
 
 def open_run(args, model, optimizer, data):
     """Goes on with the run in the folder `args.out`, or begins one there, and returns it."""
     run = Run(args, model, optimizer, data)
+    if rank() == 0:
+        run.lock()
     if run.checkpoint.exists():
         if not args.resume:
             fail(f"{args.out!r} already holds a run: add --resume to continue it, or choose another --out")
@@ -986,6 +1004,20 @@ class Run:
                 dist.destroy_process_group()
             sys.exit(128 + told)
 
+    def lock(self):
+        """Makes the run folder, and locks it as long as this process lives, however it ends."""
+        folder = self.log.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)  # stays open, which keeps the lock
+        except OSError as error:
+            fail(f"cannot write to the run folder {str(folder)!r}: {error.strerror}")
+        if fcntl:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                fail(f"another process trains in {str(folder)!r}: wait for it, or choose another --out")
+
     def begin_log(self):
         """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
         if not self.lines:
@@ -995,11 +1027,7 @@ class Run:
             about = {"args": vars(self.args), "versions": versions, "device": device, "processes": world_size()}
             untrained = {"knn": knn_monitor(self.model, self.data)} | collapse_metrics(self.model, self.data)
             self.lines = [{"argv": sys.argv} | about, {"epoch": 0} | untrained]
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.write_log()
-        except OSError as error:
-            fail(f"cannot write to the run folder {str(self.log.parent)!r}: {error.strerror}")
+        self.write_log()
 
     def write_log(self, *new):
         self.lines += new
@@ -1034,5 +1062,6 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.lines = state["step"], state["lines"]
             self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}
-        except (KeyError, ValueError, RuntimeError) as error:
-            fail(f"{self.checkpoint} does not fit this model: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever a file raises that holds other things than `save` writes
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(f"{self.checkpoint} does not fit this model ({why})")

@@ -68,16 +68,39 @@ def load_method(name):
     return module
 
 
+def check_flags(path, state):
+    """Refuses a checkpoint whose flags are not those of its script, or that holds another network than they say."""
+    method, flags = load_method(state["method"]), []
+    for name, value in state["args"].items():
+        flag = f"--{name}".replace("_", "-")
+        if name != "method" and value is not None and value is not False:
+            flags.append(flag if value is True else f"{flag}={value}")
+    parser = common.Parser(add_help=False, allow_abbrev=False)
+    parser.error = lambda why: common.fail(f"the flags in {str(path)!r} are not those of {state['method']}.py: {why}")
+    common.add_shared_flags(parser)
+    method.add_flags(parser)
+    args = parser.parse_args(flags)
+    missing = vars(args).keys() - state["args"].keys()
+    if missing:
+        parser.error(f"it lacks {min(missing)!r}")
+    try:
+        with torch.device("meta"):  # takes no memory, however large the network is
+            method.Model(args).load_state_dict(state["model"], assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        why = f"{error}".splitlines()[0]
+        common.fail(f"{str(path)!r} does not fit methods/{state['method']}.py: {why}")
+
+
 def build_model(state, device, trained=True):
     """The model of a checkpoint in eval mode, or, with trained=False, as it was before training."""
     args = argparse.Namespace(**state["args"])
     torch.manual_seed(args.seed)
-    model = load_method(state["method"]).Model(args)
+    try:
+        model = load_method(state["method"]).Model(args)
+    except RuntimeError as error:
+        common.fail(f"no memory for the network of methods/{state['method']}.py: {str(error).splitlines()[0]}")
     if trained:
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            common.fail(f"the checkpoint does not fit methods/{state['method']}.py: {str(error).splitlines()[0]}")
+        model.load_state_dict(state["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -97,8 +120,8 @@ def read_checkpoints(options):
     jobs = []
     for path in options.checkpoints:
         state = common.load_checkpoint(path)
+        check_flags(path, state)
         checkpoint_args(state, options)
-        load_method(state["method"])
         jobs += [(path, state, trained) for trained in ([False, True] if options.init else [True])]
     return jobs
 
@@ -210,10 +233,7 @@ def save_features(file, path, train, test, data):
     for split, out, labels in (("train", train, data.labels), ("test", test, data.test_labels)):
         tensors = {name: out[name] for name in ("features", "embedding", "codes") if name in out} | {"labels": labels}
         arrays |= {f"{split}_{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
-    try:
-        common.atomic_write(file, lambda part: np.savez(part, **arrays))
-    except OSError as error:
-        common.fail(f"cannot write {str(file)!r}: {error.strerror}")
+    common.atomic_write(file, lambda part: np.savez(part, **arrays))
 
 
 def main():

@@ -88,6 +88,12 @@ def test_folder_that_cannot_be_read_is_named(images, capsys):
     assert "images/train/dog/4.tiff" in refused(capsys)
     (images / "train" / "dog" / "4.tiff").unlink()
     assert len(load().images) == 12
+    (images / "train" / "dog" / "link.png").symlink_to("link.png")  # there is no file behind it
+    assert "cannot read 'images/train/dog/link.png'" in refused(capsys)
+    (images / "train" / "dog" / "link.png").unlink()
+    (images / "train" / "dog" / "again").symlink_to("../dog")  # each image 40 times
+    assert "a folder below 'images/train' is there twice, by a link" in refused(capsys)
+    (images / "train" / "dog" / "again").unlink()
     (images / "val").rename(images / "elsewhere")
     (images / "val").mkdir()
     assert "find any class folder in images/val" in refused(capsys)

@@ -120,8 +120,24 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     (tmp_path / "code.py").write_text("raise SystemExit('code of a stranger')")
     torch.save(state | {"method": str(tmp_path / "code")}, tmp_path / "unknown.pt")
     assert "and there is no methods/" in run("evaluate", "unknown.pt").error
-    torch.save(state | {"args": state["args"] | {"projector_dim": 8}}, tmp_path / "other.pt")
-    assert "does not fit" in run("evaluate", "other.pt").error
+    for change in ({"projector_dim": 8}, {"width": 10**6}, {"projector_dim": 10**9}):
+        torch.save(state | {"args": state["args"] | change}, tmp_path / "other.pt")
+        assert "does not fit" in run("evaluate", "other.pt").error
+    wrong = [({"seed": "many"}, "--seed: invalid int value"), ({"lr": [1]}, "--lr"), ({"magic": 1}, "--magic=1"),
+             ({"backbone": "vgg"}, "--backbone"), ({"width": -1}, "--width"), ({"compile": "yes"}, "--compile"),
+             ({3: 4}, "--3=4"), ({"out": 0, "resume": 1.5}, "--resume")]  # fmt: skip
+    for change, words in wrong:
+        torch.save(state | {"args": state["args"] | change}, tmp_path / "other.pt")
+        error = run("evaluate", "other.pt").error
+        assert f"are not those of {state['method']}.py" in error and words in error
+    torch.save(state | {"args": {k: v for k, v in state["args"].items() if k != "lr"}}, tmp_path / "other.pt")
+    assert "lacks 'lr'" in run("evaluate", "other.pt").error
+    for model in ({"x": 1}, {}, state["model"] | {"head.0.weight": "three"}):
+        torch.save(state | {"model": model}, tmp_path / "other.pt")
+        assert "does not fit" in run("evaluate", "other.pt").error
+    cplearn = torch.load(tmp_path / trained[METHODS.index("cplearn")] / "last.pt", weights_only=True)
+    torch.save(cplearn | {"args": cplearn["args"] | {"c": 10**15}}, tmp_path / "other.pt")
+    assert "no memory for the network" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
 
 

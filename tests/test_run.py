@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import resource
 import signal
 import time
 
@@ -33,7 +34,7 @@ def test_run_folder_log_and_checkpoint(method, run, tmp_path):
     result = run(method, *RUN, *OWN[method])
     assert result.code == 0, result.err
     folder = tmp_path / "runs" / f"{method}-blobs-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == ["last.pt", "log.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "last.pt", "log.jsonl"]
     header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     assert header["args"]["epochs"] == 4 and header["versions"]["torch"] == torch.__version__
     lines = epoch_lines(folder)
@@ -102,11 +103,41 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
 
     def crash(file):
         file.write(b"half")
-        raise RuntimeError
+        raise KeyError
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyError):
         common.atomic_write(path, crash)
     assert path.read_bytes() == b"old"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, capsys):
+    path = tmp_path / "file"
+    common.atomic_write(path, lambda file: file.write(b"old"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        for write in (lambda file: file.write(bytes(2000)), lambda file: torch.save(torch.zeros(2000), file)):
+            with pytest.raises(SystemExit) as stop:
+                common.atomic_write(path, write)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert stop.value.code == 2 and f"cannot write '{path}'" in line
+            assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(run, tmp_path):
+    process = launch("barlow_twins", *TINY, "--epochs", "500", "--out", "r", cwd=tmp_path)
+    deadline = time.time() + 120
+    while not (tmp_path / "r" / "log.jsonl").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    for flags in ([], ["--resume"]):
+        assert "another process trains in 'r'" in run("barlow_twins", *RUN, "--out", "r", *flags).error
+    process.kill()
+    process.communicate(timeout=60)
+    (tmp_path / "r" / "last.pt").unlink(missing_ok=True)
+    assert run("barlow_twins", *RUN, "--out", "r", "--resume").code == 0
 
 
 def test_log_lines_after_the_checkpoint_are_dropped(run, tmp_path):
@@ -264,8 +295,16 @@ def test_resume_refuses_another_run_and_broken_checkpoints(run, tmp_path):
     for broken in (whole[: len(whole) // 2], b"", b"something else"):
         checkpoint.write_bytes(broken)
         assert "damaged or not a checkpoint" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
-    torch.save({"weights": torch.ones(3)}, checkpoint)
-    assert "not a checkpoint of these methods" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
+    checkpoint.write_bytes(whole)
+    state = torch.load(checkpoint, weights_only=True)
+    changes = [{"args": [1]}, {"model": [1]}, {"step": "3"}, {"method": 1}, {"backbone": None}]
+    for other in ({"weights": torch.ones(3)}, *(state | change for change in changes)):
+        torch.save(other, checkpoint)
+        assert "not a checkpoint of these methods" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
+    changes = [{"optimizer": [1]}, {"sums": 1}, {"model": {}}, {"optimizer": {"state": {}, "param_groups": []}}]
+    for change in changes:
+        torch.save(state | change, checkpoint)
+        assert "does not fit this model" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
     assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
     (tmp_path / "file").write_text("")
     assert "run folder" in run("barlow_twins", *RUN, "--out", "file/r").error
