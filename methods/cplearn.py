@@ -35,7 +35,7 @@ SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} fo
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # c, beta: Table 7 (ResNet-8)
-    parser.add_argument("--c", type=common.integer(2), default=16384, help="number of codes")
+    parser.add_argument("--c", type=common.integer(2, 2**26), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
     parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")

@@ -136,7 +136,9 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
         torch.save(state | {"model": model}, tmp_path / "other.pt")
         assert "does not fit" in run("evaluate", "other.pt").error
     cplearn = torch.load(tmp_path / trained[METHODS.index("cplearn")] / "last.pt", weights_only=True)
-    torch.save(cplearn | {"args": cplearn["args"] | {"c": 10**15}}, tmp_path / "other.pt")
+    args = cplearn["args"] | {"c": 2, "projector_dim": 2**16}
+    model = evaluate.load_method("cplearn").Model(argparse.Namespace(**args)).state_dict()
+    torch.save(cplearn | {"args": args | {"c": 2**26}, "model": model}, tmp_path / "other.pt")  # 4 TB of codes
     assert "no memory for the network" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
 

@@ -235,7 +235,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--c", "1"], "--c: must be at least 2, not 1"),
+        (["--c", "1"], "--c: must be between 2 and 67108864, not 1"),
         (["--codes", "hadamard", "--c", "17"], "hadamard"),
         (["--codes", "hadamard", "--projector-dim", "12", "--c", "8"], "hadamard"),
         (["--activation", "relu"], "relu"),
