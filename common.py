@@ -448,6 +448,9 @@ def build_backbone(args):
             "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
             "resnet50": (torchvision.models.resnet.Bottleneck, [3, 4, 6, 3]),
         }[args.backbone]
+        if (args.width or 64) < 16:
+            # Then strided 1 × 1 convolutions give wrong gradients on CPUs: github.com/uxlfoundation/oneDNN/issues/6035
+            fail(f"{args.backbone} needs --width 16 or more, or --backbone resnet8")
         net = ResNet(block, layers, args.width or 64, small)
     return net
 
@@ -778,6 +781,8 @@ def parse_args(file, doc, add_flags, sizes):
     recipe = parser.get_default("optimizer")
     if args.optimizer != recipe and not any(arg.split("=")[0] == "--lr" for arg in sys.argv):
         fail(f"--optimizer {args.optimizer} needs its own --lr, because {args.lr:g} is meant for {recipe}")
+    if args.dataset in TOYS and (args.augment, args.image_size) != ("strong", 32):
+        fail(f"--dataset {args.dataset} holds points: --augment and --image-size are for images")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     args.out = args.out or f"runs/{args.method}-{args.dataset}-seed{args.seed}"

@@ -257,7 +257,7 @@ def test_diagnosis_on_images(run, method, flags, taken_away, named):
 @pytest.mark.parametrize("epsilon, verdict", [("0.05", "still uniform"), ("0.02", "ok")])
 def test_uniform_assignments_of_swav_on_images(run, epsilon, verdict):
     """With the published epsilon SwAV stays at equal scores on these images, loss log 64. With 0.02 it leaves."""
-    flags = ["--dataset", "shapes", "--width", "8", "--epochs", "3", "--eval-every", "100", "--device", "cpu"]
+    flags = ["--dataset", "shapes", "--width", "16", "--epochs", "3", "--eval-every", "100", "--device", "cpu"]
     assert run("swav", *flags, "--epsilon", epsilon, "--out", "a").code == 0
     last = json.loads(Path("a", "log.jsonl").read_text().splitlines()[-1])
     assert (last["assignment_entropy"] > 0.99) == (verdict == "still uniform") == (last["loss"] > 4.158)

@@ -78,7 +78,7 @@ def test_stopped_and_resumed_is_never_stopped(method, number, step, run, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_killed_from_outside_resumes(number, run, tmp_path):
     """kill -9 leaves the last checkpoint whole; the images, the network and the augmentation come back as they were."""
-    flags = ["--dataset", "shapes", "--device", "cpu", "--width", "8", "--image-size", "16", "--epochs", "2"]
+    flags = ["--dataset", "shapes", "--device", "cpu", "--width", "16", "--image-size", "16", "--epochs", "2"]
     flags += ["--projector-dim", "16", "--batch-size", "500", "--augment", "weak"]
     process = launch("barlow_twins", *flags, "--out", "parts", cwd=tmp_path)
     # The log's line of the first epoch comes before its checkpoint.
