@@ -264,6 +264,47 @@ def test_each_image_is_seen_once(run, one_run, monkeypatch):
     assert sum(seen) == 1500 + 600
 
 
+def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch):
+    """At most one test image of 90 is told otherwise, and the clusters' figures differ by less than 0.02."""
+    draw_folder([60, 60, 60], [30, 30, 30])
+    sizes = ["--backbone", "resnet8", "--width", 8, "--image-size", 16, "--projector-dim", 16, "--batch-size", 30]
+    runs = ["runs/cplearn-folder-seed0", "runs/simclr-folder-seed0"]
+    for method, own in (("cplearn", ["--c", 64]), ("simclr", [])):
+        flags = ["--dataset", "folder", "--data-dir", "images", *sizes, *own, "--epochs", 3, "--device", "cpu"]
+        assert run(method, *flags).code == 0
+
+    def figures(*flags):
+        rows = json.loads(run("evaluate", *runs, "--json", "--device", "cpu", *flags).out)
+        return [{k: v for k, v in row.items() if isinstance(v, float)} for row in rows]
+
+    def assert_close(others):
+        for one, other in zip(first, others, strict=True):
+            for name, value in one.items():
+                bound = {"linear": 1 / 90, "knn": 1 / 90, "rank": 1e-3 * one["rank"]}.get(name, 0.02) + 1e-6
+                assert abs(value - other[name]) < bound, (name, value, other[name])
+
+    first = figures()
+    assert all(0.4 < row["knn"] and 0.4 < row["linear"] for row in first)
+    for file in sorted(Path("images").rglob("*.png"), reverse=True):  # the file system lists them in another order
+        copy = Path("reversed", *file.parts[1:])
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    assert figures("--data-dir", "reversed") == first
+    extract = common.extract
+    monkeypatch.setattr(common, "extract", lambda *args, **flags: extract(*args, **flags, batch_size=7))
+    assert_close(figures())
+
+    def rounded_otherwise(*args, **flags):
+        out = extract(*args, **flags)
+        for name in ("features", "embedding"):
+            if name in out:
+                out[name] = out[name] * (1 + 1e-6 * torch.randn_like(out[name]))
+        return out
+
+    monkeypatch.setattr(common, "extract", rounded_otherwise)
+    assert_close(figures())
+
+
 def test_saved_features_never_overwrite_one_another(run, one_run):
     for name in ("a", "b"):
         shutil.copytree(one_run, Path(name, "run"))
