@@ -54,7 +54,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of backbone and head; its batch norms see the batch
+        self.teacher = common.frozen_copy(self)  # of backbone and head; without gradient, in train mode
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
@@ -81,7 +81,7 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
             cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
@@ -93,9 +93,9 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
+            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
             optimizer.step()
-            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # with the warm-up
+            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # from step 0, unlike run.progress
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

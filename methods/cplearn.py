@@ -7,14 +7,14 @@ h is the backbone's output for a view. W (f, c) holds the codes w_j: random sign
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
 log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are near 0, p_j is about 1 - eps(c-1).
 
-What prevents collapse: the prior. `--beta 10` outweighs it. For c = 16384, f = 128 and n = 256 images, the prior is
-  log c = 9.7        if all z are the same code, so that p is sharp; 1.3 if all are another vector, so that p is soft,
-  0.7, 0.1, 0.03     if z fill 1, 20, 100 dimensions, because z in few dimensions come near few of the random codes,
-  log(c / n) = 4.2   if each z is a code of its own. A soft p has an invariance of about 8.4, so this saves 0.05 · 8.4 =
-                     0.4 there. It costs more, so p stays soft: the loss starts near 0.5 and falls little.
+What prevents collapse: the prior is 0 only if all codes are used equally. For c = 16384, f = 128, n = 256 it is log c =
+9.7 if all z are one code, and 0.7, 0.1, 0.03 if z fill 1 (half z, half -z), 20, 100 dimensions: random codes are nearly
+orthogonal, so z in few dimensions come near few of them. `--beta 10` outweighs it. Batch norm forbids one z for all.
+What to expect: p stays soft. A sharp code for each image would raise the prior to log(c / n) = 4.2 and lower beta times
+invariance by at most beta log c = 0.5. So the loss starts near 0.5 and falls little.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n), which z and tau share.
+Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n) in z and tau: it cancels.
 Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
@@ -93,7 +93,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # 1/sqrt(n) in tau only
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau alone has 1/sqrt(n)
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -117,7 +117,7 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
             cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
@@ -128,7 +128,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
+            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
-    """Eq. 3 of cosines (n, k) and the center (k,), which the caller updates: `loss`, `entropy`, `divergence`."""
+    """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,)."""
     log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
     log_p1, log_p2 = ((s / temperature).log_softmax(1) for s in (s1, s2))
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
@@ -58,9 +58,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1  # the student's, as in loss_fn; for common.extract
+        self.temperature = 0.1  # the student's, for common.extract alone
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of backbone, head, prototypes; its batch norms see the batch
+        self.teacher = common.frozen_copy(self)  # of backbone, head, prototypes; without gradient, in train mode
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -88,7 +88,7 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
             cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
@@ -100,9 +100,9 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
+            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
             optimizer.step()
-            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # with the warm-up
+            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # from step 0, unlike run.progress
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)
             run.step += 1
             run.end_step(terms)

@@ -40,13 +40,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines s (n, k) and, for Sinkhorn only, of a queue's (m, k), m may be 0: `loss`, `loss12`, `loss21`."""
+    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (q1, p2), `loss21`. Sinkhorn sees a queue's (m, k), too."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn on logarithms: log_softmax(0) divides columns by their sums
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # is exp after Sinkhorn, and softmax(s / epsilon) without
+        q = log_q.softmax(1)[: len(s)]  # exp, as rows have sum 1; without Sinkhorn softmax(s / epsilon)
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -60,7 +60,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, as in loss_fn; for common.extract
+        self.temperature = 0.1  # of p, for common.extract alone
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, the newest first
@@ -88,7 +88,7 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
             cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
@@ -101,7 +101,7 @@ def main():
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
+            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

@@ -40,7 +40,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images, or 2 d."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs over d images, best 2 d."""
     white, n = [], min(len(z1), part_size)
     for z in (z1, z2):
         w = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
@@ -50,8 +50,8 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             w = w if w.device.type == "mps" else w.double()  # float32 can fail, but mps has nothing better
-            lower, failed = torch.linalg.cholesky_ex(w.mT @ w / (n - 1))  # (parts, d, d)
-            lower = lower.masked_fill(failed.view(-1, 1, 1) > 0, math.nan)  # a singular covariance makes the loss NaN
+            lower, info = torch.linalg.cholesky_ex(w.mT @ w / (n - 1))  # (parts, d, d)
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, math.nan)  # info > 0: singular, the loss becomes NaN
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
@@ -87,7 +87,7 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 during the warm-up, then min ignores it
+            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
             cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(warmup, cosine)
@@ -97,7 +97,7 @@ def main():
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # each process went back through its own rows only, so the parts add up
+            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -284,7 +284,7 @@ def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch)
                 assert abs(value - other[name]) < bound, (name, value, other[name])
 
     first = figures()
-    assert all(0.4 < row["knn"] and 0.4 < row["linear"] for row in first)
+    assert all(min(row["knn"], row["linear"]) > 0.4 for row in first)
     for file in sorted(Path("images").rglob("*.png"), reverse=True):  # the file system lists them in another order
         copy = Path("reversed", *file.parts[1:])
         copy.parent.mkdir(parents=True, exist_ok=True)
