@@ -917,10 +917,14 @@ class Run:
         self.step, self.sums, self.lines, self.stop_signal = 0, {}, [], 0
         self.checkpoint, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
 
-    @property
-    def progress(self):
-        """How much of the training after the warm-up is done, from 0 to 1."""
-        return max(0.0, (self.step - self.warmup) / max(1, self.total_steps - self.warmup))
+    def cosine(self, start, end, after=0):
+        """A number that goes from `start` to `end` along a half cosine, between step `after` and the last."""
+        progress = max(0.0, (self.step - after) / max(1, self.total_steps - after))
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+    def lr(self):
+        """The learning rate of the next step: a linear warm-up, then a half cosine down to 0."""
+        return min(self.args.lr * (self.step + 1) / self.warmup, self.cosine(self.args.lr, 0, after=self.warmup))
 
     def epochs(self):
         """(epoch, first step) of the epochs still to do, counted from 0."""

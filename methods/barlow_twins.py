@@ -14,7 +14,6 @@ Departs from the paper: lambda 0.0051 (authors' code), not 0.005, Adam instead o
 Run: python methods/barlow_twins.py
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -75,17 +74,15 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warmup, cosine)
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
+            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -14,7 +14,6 @@ Departs from the paper: Adam, batches of 512, not LARS, 4096. Only parameters ar
 Run: python methods/byol.py
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -62,8 +61,7 @@ class Model(nn.Module):
     def forward(self, x):
         return self.head(self.backbone(x))
 
-    def update_teacher(self, momentum, progress):
-        m = 1 - (1 - momentum) * (1 + math.cos(math.pi * progress)) / 2  # rises from momentum to 1
+    def update_teacher(self, m):
         for name, t in self.teacher.named_parameters():
             t.lerp_(self.get_parameter(name).detach(), 1 - m)
 
@@ -81,10 +79,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warmup, cosine)
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
@@ -93,9 +89,9 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
+            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
             optimizer.step()
-            model.update_teacher(args.momentum, progress=run.step / run.total_steps)  # from step 0, unlike run.progress
+            model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

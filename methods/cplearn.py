@@ -5,16 +5,16 @@
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
-log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are near 0, p_j is about 1 - eps(c-1).
+log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are about ±sqrt(f), p_j is 1 - eps(c-1).
 
-What prevents collapse: the prior is 0 only if all codes are used equally. For c = 16384, f = 128, n = 256 it is log c =
-9.7 if all z are one code, and 0.7, 0.1, 0.03 if z fill 1 (half z, half -z), 20, 100 dimensions: random codes are nearly
-orthogonal, so z in few dimensions come near few of them. `--beta 10` outweighs it. Batch norm forbids one z for all.
-What to expect: p stays soft. A sharp code for each image would raise the prior to log(c / n) = 4.2 and lower beta times
-invariance by at most beta log c = 0.5. So the loss starts near 0.5 and falls little.
+What prevents collapse: the prior, which `--beta 10` outweighs. For c = 16384, f = 128, n = 256 the prior is
+  log c = 9.7     if all z are one code (batch norm, too, forbids one z for all),
+  0.7, 0.1, 0.03  if z fill 1, 20, 100 dimensions: random codes point in all directions, few of them near these.
+What to expect: at beta = 0.05, p stays soft. A sharp code for each image would lower beta invariance by at most beta
+log c = 0.5, but raise the prior to log(c / n) = 4.2. Soft p have invariance near log c, so the loss stays near 0.5.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: Appendix N's KL(mean p || u), not Eq. 2's CE(u, mean p); no 1/sqrt(n) in z and tau: it cancels.
+Departs from the paper: its 1/sqrt(n) in z and tau cancels. KL(mean p || u) as in its Appendix N, not CE(u, mean p).
 Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
@@ -80,8 +80,7 @@ def draw_codes(kind, f, c, seed):
     if f & (f - 1) or c > f:
         common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
     bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length())) & 1  # row i holds the binary digits of i
-    # Entry (i, j) of Sylvester's matrix is -1 if i and j have an odd number of ones in common, else 1.
-    return 1 - 2 * ((bits @ bits[torch.randperm(f, generator=rng)[:c]].T) % 2).to(torch.int8)
+    return 1 - 2 * ((bits @ bits[torch.randperm(f, generator=rng)[:c]].T) % 2).to(torch.int8)  # -1: odd count in common
 
 
 class Model(nn.Module):
@@ -93,7 +92,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau alone has 1/sqrt(n)
+        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # 1/sqrt(n) in tau alone
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
@@ -117,10 +116,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warmup, cosine)
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
@@ -128,7 +125,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
+            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -16,7 +16,6 @@ a mean over j, not a sum, and the two v are averaged, not added (`--sum-variance
 Run: python methods/vicreg.py
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -82,10 +81,8 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warmup, cosine)
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
@@ -93,7 +90,7 @@ def main():
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
+            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

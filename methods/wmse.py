@@ -14,7 +14,6 @@ Departs from the paper: cosine schedule instead of steps; a batch is cut into pa
 Run: python methods/wmse.py
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
         if whitening == "cholesky":
             w = w if w.device.type == "mps" else w.double()  # float32 can fail, but mps has nothing better
             lower, info = torch.linalg.cholesky_ex(w.mT @ w / (n - 1))  # (parts, d, d)
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, math.nan)  # info > 0: singular, the loss becomes NaN
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: singular, the loss becomes NaN
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
@@ -87,17 +86,15 @@ def main():
 
     for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
-            warmup = (run.step + 1) / run.warmup  # rises to 1 in the warm-up; above 1, the min below ignores it
-            cosine = (1 + math.cos(math.pi * run.progress)) / 2  # progress: 0 during the warm-up, then rises to 1
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warmup, cosine)
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has the gradient through its own rows
+            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)
