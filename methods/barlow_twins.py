@@ -39,7 +39,8 @@ def add_flags(parser):
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` and `redundancy`."""
     # Batch norm without parameters standardises columns. It divides by n, not n - 1, so identical views have C_ii = 1.
-    z1, z2 = (nn.functional.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    # Centered before, a constant column is exactly 0.
+    z1, z2 = (nn.functional.batch_norm(z - z.mean(0), None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
     redundancy = c.square().sum() - c.diagonal().square().sum()

@@ -40,8 +40,8 @@ def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
     """Eq. 32 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` (minus cosine) and `center`."""
     z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
     invariance = -(z1 * z2).sum(1).mean()
-    center = torch.cat([z1, z2]).mean(0).square().sum()
-    center = center if penalty == "squared" else center.sqrt()
+    mean = torch.cat([z1, z2]).mean(0)
+    center = mean.square().sum() if penalty == "squared" else mean.norm()
     return {"loss": (invariance + center_weight * center) / 2, "invariance": invariance, "center": center}
 
 

@@ -42,14 +42,15 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
     """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs over d images, best 2 d."""
     white, n = [], min(len(z1), part_size)
     for z in (z1, z2):
-        w = z[: len(z) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
+        w = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
+        w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
         if whitening != "none":
             w = w - w.mean(1, keepdim=True)
         if whitening == "batchnorm":
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
-            w = w if w.device.type == "mps" else w.double()  # float32 can fail, but mps has nothing better
-            lower, info = torch.linalg.cholesky_ex(w.mT @ w / (n - 1))  # (parts, d, d)
+            cov = w.mT @ w / (n - 1)  # (parts, d, d)
+            lower, info = torch.linalg.cholesky_ex(cov - 1e-12 * cov.diagonal(0, 1, 2).diag_embed())  # less is rounding
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: singular, the loss becomes NaN
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
         white.append(w)
