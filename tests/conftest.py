@@ -44,6 +44,16 @@ class Result:
         return line
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also the long form of tests/test_survival.py")
+
+
+@pytest.fixture(scope="session")
+def long(request):
+    """Whether the long form of a test is wanted, with many more kills and damaged files."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same numbers, whichever ran before it."""
