@@ -680,7 +680,7 @@ def main():
         entry, arrays[label], pictures[label] = measure(path, model, data, options.components, bar)
         about = {"method": state["method"], "dataset": dataset, "epoch": state["epoch"] if trained else 0}
         numbers[label], classes[label] = about | entry, data.classes
-        if trained and read[path]:
+        if trained and len(read[path]) > 1:  # the first line is from before training
             logs[label] = read[path]
         figures[f"matrices-{label}"] = draw_matrices(label, pictures[label]), f"{label}. {CAPTIONS['matrices']}"
         figures[f"nearest-{label}"] = draw_nearest(label, pictures[label], data), f"{label}. {CAPTIONS['nearest']}"

@@ -186,11 +186,11 @@ def decode_images(root, split, files, size):
         def decode(i):
             try:
                 with Image.open(files[i]) as image:
-                    image.verify()  # the checksums of a PNG, which loading does not look at
-                with Image.open(files[i]) as image:
                     if image.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
                         return files[i]
                     image = TF.center_crop(TF.resize(image.convert("RGB"), size, antialias=True), size)
+                with Image.open(files[i]) as file:
+                    file.verify()  # the checksums of a PNG, which loading does not look at
                 array[i] = np.asarray(image).transpose(2, 0, 1)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 return files[i]

@@ -50,7 +50,7 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             cov = w.mT @ w / (n - 1)  # (parts, d, d)
-            lower, info = torch.linalg.cholesky_ex(cov - 1e-12 * cov.diagonal(0, 1, 2).diag_embed())  # less is rounding
+            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(0, 1, 2).diag_embed())  # less is rounding
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: singular, the loss becomes NaN
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
         white.append(w)

@@ -169,7 +169,7 @@ def test_training_run(data, method, several, folder, run, monkeypatch):
 
     Sums in another order move a float32 by some 1e-7 of its size, hence the 1e-6 of a tensor's size, for ten steps.
     They also carry an activation over the kink of a ReLU now and then, where the gradient jumps. With that, what ten
-    steps change in a tensor differs by up to 3e-4 of the change, and may differ by 1e-2.
+    steps change in a tensor differs by up to 1e-2 of the change, and may differ by 5e-2.
     """
     monkeypatch.chdir(folder)
     before, one = train(data, method, f"1/{data}-{method}")
@@ -181,7 +181,7 @@ def test_training_run(data, method, several, folder, run, monkeypatch):
         assert ends[0].keys() == one.keys()
         for name in one:
             error, change = ((x[name] - one[name]).double().norm() for x in (ends[0], before))
-            assert error <= 1e-2 * change + 1e-6 * one[name].double().norm(), (k, name, error, change)
+            assert error <= 5e-2 * change + 1e-6 * one[name].double().norm(), (k, name, error, change)
 
 
 def test_stopped_processes_resume(run, tmp_path):

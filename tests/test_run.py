@@ -75,28 +75,6 @@ def test_stopped_and_resumed_is_never_stopped(method, number, step, run, tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_killed_from_outside_resumes(number, run, tmp_path):
-    """kill -9 leaves the last checkpoint whole; the images, the network and the augmentation come back as they were."""
-    flags = ["--dataset", "shapes", "--device", "cpu", "--width", "16", "--image-size", "16", "--epochs", "2"]
-    flags += ["--projector-dim", "16", "--batch-size", "500", "--augment", "weak"]
-    process = launch("barlow_twins", *flags, "--out", "parts", cwd=tmp_path)
-    # The log's line of the first epoch comes before its checkpoint.
-    deadline = time.time() + 120
-    while not (tmp_path / "parts" / "last.pt").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    time.sleep(0.1)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
-    assert state["step"] < 20 and process.returncode != 0
-    torch.set_num_threads(1)
-    assert run("barlow_twins", *flags, "--out", "parts", "--resume").code == 0
-    assert run("barlow_twins", *flags, "--out", "whole").code == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     common.atomic_write(path, lambda file: file.write(b"old"))
