@@ -927,7 +927,7 @@ class Run:
 
     def lr(self):
         """The learning rate of the next step: a linear warm-up, then a half cosine down to 0."""
-        return min(self.args.lr * (self.step + 1) / self.warmup, self.cosine(self.args.lr, 0, after=self.warmup))
+        return min(self.args.lr * ((self.step + 1) / self.warmup), self.cosine(self.args.lr, 0, after=self.warmup))
 
     def epochs(self):
         """(epoch, first step) of the epochs still to do, counted from 0."""
