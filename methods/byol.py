@@ -89,7 +89,7 @@ def main():
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1

@@ -81,7 +81,7 @@ def main():
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

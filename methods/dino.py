@@ -4,7 +4,7 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): cosines of z with k prototypes, the student's and the teacher's. `entropy` is H(q, q), `divergence` KL.
+s, t (n, k): cosines of student's, teacher's embeddings with their k prototypes. `entropy` is H(q, q), `divergence` KL.
 
 What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
 `entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
@@ -96,7 +96,7 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

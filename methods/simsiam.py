@@ -83,7 +83,7 @@ def main():
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

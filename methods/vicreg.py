@@ -90,7 +90,7 @@ def main():
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -50,7 +50,8 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             cov = w.mT @ w / (n - 1)  # (parts, d, d)
-            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(0, 1, 2).diag_embed())  # less is rounding
+            # Minus, not plus: 1e-13 of a variance is rounding, and a covariance that has no more counts as singular.
+            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(0, 1, 2).diag_embed())
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: singular, the loss becomes NaN
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
         white.append(w)
@@ -95,7 +96,7 @@ def main():
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: adds up what each has through its own rows
+            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
             optimizer.step()
             run.step += 1
             run.end_step(terms)
