@@ -44,8 +44,7 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
         w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
-        if whitening != "none":
-            w = w - w.mean(1, keepdim=True)
+        w = w if whitening == "none" else w - w.mean(1, keepdim=True)
         if whitening == "batchnorm":
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
