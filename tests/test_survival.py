@@ -286,11 +286,11 @@ def test_damaged_images(ending, times, long, tmp_path, monkeypatch, capsys):
         files[which].write_bytes(whole[which])
         # The cache knows files by size and time, and these are written within one tick of the clock.
         shutil.rmtree(tmp_path / "images" / ".cache-16")
-    print(f"{refused} of {number + 1} damaged {ending} files are refused")
     if ending == "png":  # without the part that holds the pixels
         start, end = (whole[0].index(name) - 4 for name in (b"IDAT", b"IEND"))
         files[0].write_bytes(whole[0][:start] + whole[0][end:])
         assert refusal_or(load, capsys) is None
+    print(f"{refused} of {number + 1} damaged {ending} files are refused")
 
 
 def test_damaged_logs(run, long, tmp_path, capsys):
