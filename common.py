@@ -450,10 +450,11 @@ def build_backbone(args):
             "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
             "resnet50": (torchvision.models.resnet.Bottleneck, [3, 4, 6, 3]),
         }[args.backbone]
-        if (args.width or 64) < 16:
+        width = args.width or 64
+        if width < 16:
             # Then strided 1 × 1 convolutions give wrong gradients on CPUs: github.com/uxlfoundation/oneDNN/issues/6035
             fail(f"{args.backbone} needs --width 16 or more, or --backbone resnet8")
-        net = ResNet(block, layers, args.width or 64, small)
+        net = ResNet(block, layers, width, small)
     return net
 
 
@@ -783,7 +784,7 @@ def parse_args(file, doc, add_flags, sizes):
     recipe = parser.get_default("optimizer")
     if args.optimizer != recipe and not any(arg.split("=")[0] == "--lr" for arg in sys.argv):
         fail(f"--optimizer {args.optimizer} needs its own --lr, because {args.lr:g} is meant for {recipe}")
-    if args.dataset in TOYS and (args.augment, args.image_size) != ("strong", 32):
+    if args.dataset in TOYS and any(getattr(args, x) != parser.get_default(x) for x in ("augment", "image_size")):
         fail(f"--dataset {args.dataset} holds points: --augment and --image-size are for images")
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
@@ -1029,6 +1030,8 @@ class Run:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 fail(f"another process trains in {str(folder)!r}: wait for it, or choose another --out")
+            except OSError:
+                pass  # a file system without locks
 
     def begin_log(self):
         """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
@@ -1072,7 +1075,7 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.lines = state["step"], state["lines"]
+            self.step, self.lines = state["step"], [dict(line) for line in state["lines"]]
             self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}
         except Exception as error:  # whatever a file raises that holds other things than `save` writes
             why = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -83,12 +83,14 @@ def check_flags(path, state):
     missing = vars(args).keys() - state["args"].keys()
     if missing:
         parser.error(f"it lacks {min(missing)!r}")
+    for name, value in vars(args).items():  # "16" reads as 16, but is another value
+        if state["args"][name] != value:
+            parser.error(f"{name!r} is {state['args'][name]!r}")
     try:
         with torch.device("meta"):  # takes no memory, however large the network is
             method.Model(args).load_state_dict(state["model"], assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        why = f"{error}".splitlines()[0]
-        common.fail(f"{str(path)!r} does not fit methods/{state['method']}.py: {why}")
+        common.fail(f"{str(path)!r} does not fit methods/{state['method']}.py: {str(error).splitlines()[0]}")
 
 
 def build_model(state, device, trained=True):

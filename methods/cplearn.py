@@ -5,7 +5,7 @@
 
 h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
 the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
-log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are about ±sqrt(f), p_j is 1 - eps(c-1).
+log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are about ±sqrt(f), p_j ≈ 1 - eps(c-1).
 
 What prevents collapse: the prior, which `--beta 10` outweighs. For c = 16384, f = 128, n = 256 the prior is
   log c = 9.7     if all z are one code (batch norm, too, forbids one z for all),

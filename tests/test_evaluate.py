@@ -125,13 +125,15 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
         assert "does not fit" in run("evaluate", "other.pt").error
     wrong = [({"seed": "many"}, "--seed: invalid int value"), ({"lr": [1]}, "--lr"), ({"magic": 1}, "--magic=1"),
              ({"backbone": "vgg"}, "--backbone"), ({"width": -1}, "--width"), ({"compile": "yes"}, "--compile"),
-             ({3: 4}, "--3=4"), ({"out": 0, "resume": 1.5}, "--resume")]  # fmt: skip
+             ({3: 4}, "--3=4"), ({"out": 0, "resume": 1.5}, "--resume"), ({"width": "64"}, "'width' is '64'"),
+             ({"seed": None}, "'seed' is None"), ({"lr": False}, "'lr' is False")]  # fmt: skip
     for change, words in wrong:
         torch.save(state | {"args": state["args"] | change}, tmp_path / "other.pt")
         error = run("evaluate", "other.pt").error
         assert f"are not those of {state['method']}.py" in error and words in error
-    torch.save(state | {"args": {k: v for k, v in state["args"].items() if k != "lr"}}, tmp_path / "other.pt")
-    assert "lacks 'lr'" in run("evaluate", "other.pt").error
+    for name in ("lr", "width"):
+        torch.save(state | {"args": {k: v for k, v in state["args"].items() if k != name}}, tmp_path / "other.pt")
+        assert f"lacks {name!r}" in run("evaluate", "other.pt").error
     for model in ({"x": 1}, {}, state["model"] | {"head.0.weight": "three"}):
         torch.save(state | {"model": model}, tmp_path / "other.pt")
         assert "does not fit" in run("evaluate", "other.pt").error
