@@ -53,7 +53,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of backbone and head; without gradient, in train mode
+        self.teacher = common.frozen_copy(self)  # of all above: backbone and head; without gradient
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
@@ -62,8 +62,8 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def update_teacher(self, m):
-        for name, t in self.teacher.named_parameters():
-            t.lerp_(self.get_parameter(name).detach(), 1 - m)
+        for name, weight in self.teacher.named_parameters():
+            weight.lerp_(self.get_parameter(name).detach(), 1 - m)  # m weight + (1 - m) the student's
 
 
 # --- training
@@ -85,11 +85,11 @@ def main():
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
-            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32 rows; of all processes, if several
+            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32; all processes' rows, if several
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1

@@ -1,20 +1,20 @@
 """CPLearn: give both views of an image the same distribution over c random codes, and use all codes equally often.
 
-    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))         (Eq. 1)
+    z = sqrt(f) l2norm(batchnorm(linear(h))),  p = softmax(Wᵀ z / tau)
+    loss = beta invariance + prior                                                                              (Eq. 1)
     invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
-h is the backbone's output for a view. W (f, c) holds the codes w_j: random signs, never trained. p1_i and p2_i (c,) are
-the p of image i's two views, CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images. tau is f /
-log((1 - eps(c-1)) / eps), eps = 1e-8. If z is w_j, then w_jᵀz = f, other w_kᵀz are about ±sqrt(f), p_j ≈ 1 - eps(c-1).
+h is the backbone's output for a view. W (f, c) holds the codes, which are random signs and never trained. p1_i and p2_i
+(c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images.
+If z equals a code, its score in Wᵀz is f, and all others are near 0. tau is set such that its p is then about 1.
 
-What prevents collapse: the prior, which `--beta 10` outweighs. For c = 16384, f = 128, n = 256 the prior is
-  log c = 9.7     if all z are one code (batch norm, too, forbids one z for all),
-  0.7, 0.1, 0.03  if z fill 1, 20, 100 dimensions: random codes point in all directions, few of them near these.
-What to expect: at beta = 0.05, p stays soft. A sharp code for each image would lower beta invariance by at most beta
-log c = 0.5, but raise the prior to log(c / n) = 4.2. Soft p have invariance near log c, so the loss stays near 0.5.
+What prevents collapse: the prior. It is 0 if all codes are used equally, and log c if all images use one. z that fill
+few dimensions cannot use all codes, because few random codes lie near them. `--beta 10` lets a few codes win.
+What to expect: p starts soft, with a loss near beta log c, and stays so at beta = 0.05. Invariance would be 0 if each
+image had its own code, but the prior then log(c / n). To see it learn, watch kNN and effective_rank, not the loss.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: its 1/sqrt(n) in z and tau cancels. KL(mean p || u) as in its Appendix N, not CE(u, mean p).
+Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).
 Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
@@ -34,7 +34,7 @@ SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} fo
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # c, beta: Table 7 (ResNet-8)
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # f: Table 7
     parser.add_argument("--c", type=common.integer(2, 2**26), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
@@ -51,7 +51,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of the means m of p1 and of p2
+    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
     prior_loss = (log_m.exp() * (log_m + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_m.mean()
     return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
 
@@ -87,14 +87,16 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim
+        f = args.projector_dim
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
-            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
+            nn.Linear(self.backbone.num_features, f), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(f),
+            nn.RMSNorm(f, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(f)
         )  # fmt: skip
-        sharper = math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # 1/sqrt(n) in tau alone
-        self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8) / sharper  # tau
-        self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
+        eps = 1e-8  # a z equal to a code has p = 1 - eps (c - 1) there
+        self.temperature = f / math.log((1 - eps * (args.c - 1)) / eps)  # tau
+        if args.activation == "tanh-unscaled":  # the authors' code, where tanh lacks the paper's 1/sqrt(n)
+            self.temperature /= math.sqrt(args.batch_size)
+        self.register_buffer("codes", draw_codes(args.codes, f, args.c, args.seed), persistent=False)
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -120,12 +122,12 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
             loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

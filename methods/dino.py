@@ -4,7 +4,8 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): cosines of student's, teacher's embeddings with their k prototypes. `entropy` is H(q, q), `divergence` KL.
+s and t (n, k) are cosines of the student's and the teacher's embeddings with their own k prototypes, 1 and 2 an image's
+two views. `entropy` is H(q, q), `divergence` is KL, means over n images i.
 
 What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
 `entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
@@ -41,8 +42,9 @@ def add_flags(parser):
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
     """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,)."""
-    log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
-    log_p1, log_p2 = ((s / temperature).log_softmax(1) for s in (s1, s2))
+    log_q1 = ((t1.detach() - center) / teacher_temperature).log_softmax(1)
+    log_q2 = ((t2.detach() - center) / teacher_temperature).log_softmax(1)
+    log_p1, log_p2 = (s1 / temperature).log_softmax(1), (s2 / temperature).log_softmax(1)
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
     entropy = -((log_q1.exp() * log_q1).sum(1) + (log_q2.exp() * log_q2).sum(1)).mean() / 2
     return {"loss": loss, "entropy": entropy, "divergence": loss.detach() - entropy}
@@ -57,9 +59,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1  # the student's, for common.extract alone
+        self.temperature = 0.1  # the student's, as in loss_fn, for the metrics
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of backbone, head, prototypes; without gradient, in train mode
+        self.teacher = common.frozen_copy(self)  # of all above: backbone, head, prototypes; without gradient
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -69,8 +71,8 @@ class Model(nn.Module):
         return nn.functional.normalize(z.float(), dim=1) @ nn.functional.normalize(self.prototypes.weight, dim=1).T
 
     def update_teacher(self, m):
-        for name, t in self.teacher.named_parameters():
-            t.lerp_(self.get_parameter(name).detach(), 1 - m)
+        for name, weight in self.teacher.named_parameters():
+            weight.lerp_(self.get_parameter(name).detach(), 1 - m)  # m weight + (1 - m) the student's
 
 
 # --- training
@@ -91,12 +93,12 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 y1, y2 = model.teacher(x1), model.teacher(x2)
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows; of all processes, if several
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows, if several
             t1, t2 = common.gather(model.teacher.scores(y1), model.teacher.scores(y2))
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

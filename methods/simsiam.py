@@ -79,11 +79,11 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
-            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # float32 rows; of all processes, if several
+            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # float32; all processes' rows, if several
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -29,8 +29,8 @@ SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"protot
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
     parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
-    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if the loss stays at log k")
-    parser.add_argument("--queue", type=common.integer(0), default=0, help="embeddings; used from epoch 15 on")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if q stays uniform")
+    parser.add_argument("--queue", type=common.integer(0), default=0, help="past embeddings, used from epoch 15 on")
     parser.add_argument("--no-sinkhorn", action="store_true", help="softmax instead of equal shares; collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
 
@@ -39,13 +39,14 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (q1, p2), `loss21`. Sinkhorn sees a queue's (m, k), too."""
+    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (target q1, prediction p2), `loss21`. `earlier` (m, k) are those of m
+    queued embeddings, which only Sinkhorn sees; m may be 0."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
-        for _ in range(iterations):  # Sinkhorn on logarithms: log_softmax(0) divides columns by their sums
+        for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # exp, as rows have sum 1; without Sinkhorn softmax(s / epsilon)
+        q = log_q.softmax(1)[: len(s)]
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -59,7 +60,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, for common.extract alone
+        self.temperature = 0.1  # of p, as in loss_fn, for the metrics
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, the newest first
@@ -92,13 +93,13 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # fixed in epoch 0 as published
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32 rows; of all processes, if several
-            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # as much as has been filled
-            earlier1, earlier2 = model.scores(model.queue[:, :m])  # (m, k) each
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows, if several
+            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # as many as are in it
+            earlier1, earlier2 = model.scores(model.queue[:, :m])  # (2, m, k): of each view (m, k)
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

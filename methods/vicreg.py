@@ -85,12 +85,12 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
             weights = args.invariance_weight, args.variance_weight, args.covariance_weight
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

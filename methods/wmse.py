@@ -10,7 +10,7 @@ What prevents collapse: the covariance of w is the identity, so w fills all dime
 dimensions may become copies of one, with `--whitening none` all z may become one vector.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: cosine schedule instead of steps; a batch is cut into parts in order, not shuffled.
+Departs from the paper: learning rate along a cosine, not in steps; batches are cut into parts in order, unshuffled.
 Run: python methods/wmse.py
 """
 
@@ -39,8 +39,8 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs over d images, best 2 d."""
-    white, n = [], min(len(z1), part_size)
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
+    n, white = min(len(z1), part_size), []
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
         w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
@@ -49,10 +49,10 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             cov = w.mT @ w / (n - 1)  # (parts, d, d)
-            # Minus, not plus: 1e-13 of a variance is rounding, and a covariance that has no more counts as singular.
-            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(0, 1, 2).diag_embed())
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: singular, the loss becomes NaN
-            w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # each row is L⁻¹ (z - mean z)
+            # A little less variance, so that a covariance which only rounding keeps from being singular fails, too.
+            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: the loss is NaN, which ends the run
+            w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
     return {"loss": 2 - 2 * cosine, "cosine": cosine}
@@ -91,11 +91,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32 rows; of all processes, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
             terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # several processes: each has its rows' part, their sum is the gradient
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

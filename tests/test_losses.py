@@ -294,7 +294,7 @@ def test_cplearn_codes(methods):
 
 @pytest.mark.parametrize("f, one_vector, hundred", [(128, 1.29, 0.033), (2048, 0.083, 0.0005)])
 def test_cplearn_prior_forbids_few_dimensions(methods, f, one_vector, hundred):
-    """The prices in its docstring: the prior of n = 256 embeddings that fill 0 (one vector), 1, 5, 20, 100 dimensions.
+    """What few dimensions cost: the prior of n = 256 embeddings that fill 0 (one vector), 1, 5, 20, 100 dimensions.
     One vector costs (f / tau)² / 2f, the Gaussian approximation of its logits."""
     c, n, prices = 16384, 256, []
     codes, tau = methods["cplearn"].draw_codes("rademacher", f, c, 0).float(), temperature(n, f, c) * math.sqrt(n)
