@@ -76,7 +76,8 @@ n02108089 n03424325 n01855672 n02090622
 
 @dataclass
 class Data:
-    """uint8 images (N, 3, H, W) or float32 points (N, 2), int64 labels (N,), `mean` and `std` of pixels in [0, 1]."""
+    """uint8 images (N, 3, H, W) or float32 points (N, 2), int64 labels (N,), `mean` and `std` of pixels in [0, 1], and
+    the `size` in pixels of what the network sees, the middle of larger images."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -85,11 +86,13 @@ class Data:
     classes: list
     mean: torch.Tensor
     std: torch.Tensor
+    size: int
 
     def normalise(self, images):
         """A batch as the network sees it without augmentation: float32, mean 0, standard deviation 1."""
         if images.ndim == 2:
             return (images.to(self.mean.device) - self.mean) / self.std
+        images = TF.center_crop(images, self.size)
         x = (images.to(self.mean.device) / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -110,7 +113,7 @@ def load_data(args, device):
     std, mean = torch.std_mean(sample, 0) if sample.ndim == 2 else torch.std_mean(sample / 255, (0, 2, 3))
     if device.type != "cuda" or train[0].nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         train, test = ([t.to(device) for t in split] for split in (train, test))
-    return Data(*train, *test, classes, mean.to(device), std.clamp_min(1e-3).to(device))
+    return Data(*train, *test, classes, mean.to(device), std.clamp_min(1e-3).to(device), args.image_size)
 
 
 def read_torchvision(args):
@@ -120,8 +123,8 @@ def read_torchvision(args):
     for split in ("train", "test"):
         which = {"split": split} if svhn else {"train": split == "train"}
         try:
-            with rank_zero_first():
-                found = cls(args.data_dir, download=rank() == 0, **which)
+            with first_on_machine() as first:
+                found = cls(args.data_dir, download=first, **which)
         except (OSError, RuntimeError) as error:
             url, why = cls.split_list[split][0] if svhn else cls.url, type(error).__name__
             fail(f"{args.dataset} is not in {args.data_dir!r} and could not be downloaded ({why}): put {url} there, "
@@ -135,7 +138,8 @@ def read_torchvision(args):
 
 def read_folder(root, size, dataset):
     """The images of root/train/<class>/ and root/{val,test}/<class>/ as memory-mapped uint8, and the class names; with
-    dataset "imagenet100" those of the 100 published classes of an ImageNet folder."""
+    dataset "imagenet100" those of the 100 published classes of an ImageNet folder. Above 64 pixels the images are
+    larger than `size`, 256 for 224, because random crops are cut out of them."""
 
     def is_image(path):
         return Path(path).suffix.lower() in IMAGE_ENDINGS and not Path(path).name.startswith(".")
@@ -155,17 +159,20 @@ def read_folder(root, size, dataset):
         fail(f"no images in {str(root / split)!r} ({str(error)[:90]}): {rule}")
     parts = []
     for split, pairs in splits:
-        with rank_zero_first():
-            images = decode_images(root, split, [Path(path) for path, _ in pairs], size)
+        source = size if size <= 64 else size * 8 // 7
+        with first_on_machine() as first:
+            if first:
+                decode_images(root, split, [Path(path) for path, _ in pairs], source)
+        (cache,) = (root / f".cache-{source}").glob(f"{split}-*.npy")
+        images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # copy-on-write: torch wants writable memory
         parts.append((images, torch.tensor([label for _, label in pairs])))
     return *parts, classes
 
 
 def decode_images(root, split, files, size):
-    """Images as a memory-mapped array (n, 3, size, size): shorter side resized to `size`, antialiased, center cut out.
-
-    They are decoded once into root/.cache-<size>. It is written whole, then renamed, and again when files have changed.
-    """
+    """Writes the images as one array (n, 3, size, size) to root/.cache-<size>/<split>-<key>.npy, if it is not there:
+    shorter side resized to `size`, antialiased, center cut out. The key changes when the files do. The file is written
+    whole, then renamed."""
     try:
         stats = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
     except OSError as error:
@@ -207,7 +214,6 @@ def decode_images(root, split, files, size):
             part.unlink(missing_ok=True)
         for old in set(cache.parent.glob(f"{split}-*.npy")) - {cache}:
             old.unlink()
-    return torch.from_numpy(np.load(cache, mmap_mode="c"))  # copy-on-write: torch wants writable memory
 
 
 def draw_toy(name, n, seed):
@@ -266,29 +272,47 @@ def two_views(data, args, views, epoch, first=0):
     `views` holds each view's changes to `--augment strong`. For the toys the views are two points of one class. All
     depends only on seed, epoch and step, so a resumed run sees the same batches. A process gets its share of a batch.
     """
-    n, size = len(data.labels), args.batch_size
-    order = torch.randperm(n, generator=generator(args.seed, epoch))
+    n, size, device = len(data.labels), args.batch_size, data.mean.device
+    order = torch.randperm(n, generator=generator(args.seed, epoch))[: n // size * size].view(-1, size)[first:]
     share = size // world_size()
     mine = slice(rank() * share, (rank() + 1) * share)
-    for step in range(first, n // size):
-        index = order[step * size : (step + 1) * size]
-        draw = generator(args.seed, epoch, step)
-        if data.images.ndim == 2:
+    if data.images.ndim == 2:
+        by_class = torch.argsort(data.labels, stable=True)
+        count = (data.labels == torch.arange(len(data.classes), device=device)[:, None]).sum(1)
+        for step, index in enumerate(order.to(device, non_blocking=True), first):
             # The other view is a random point of the same class, whose points stand together in `by_class`.
-            labels = data.labels.cpu()
-            by_class, count = torch.argsort(labels, stable=True), torch.bincount(labels)
-            place = (torch.rand(size, generator=draw) * count[labels[index]]).long()
-            partners = by_class[(count.cumsum(0) - count)[labels[index]] + place]
+            random = torch.rand(size, generator=generator(args.seed, epoch, step)).to(device, non_blocking=True)
+            label = data.labels[index]
+            partners = by_class[(count.cumsum(0) - count)[label] + (random * count[label]).long()]
             yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
-            continue
-        images = data.images[index[mine].to(data.images.device)].to(data.mean.device)
-        pair = []
-        for changes in views:
-            changes = (changes if args.augment == "strong" else {}) | OWN_AUGMENT.get(args.dataset, {})
-            settings = AUGMENT[args.augment] | changes
-            parameters = draw_augmentation(size, settings, args.image_size, draw)
-            pair.append(augment(images, {k: v[mine] for k, v in parameters.items()}, data.mean, data.std))
-        yield tuple(pair)
+        return
+    own = OWN_AUGMENT.get(args.dataset, {})
+    settings = [AUGMENT[args.augment] | (changes if args.augment == "strong" else {}) | own for changes in views]
+    for step, images in enumerate(batches(data.images, order[:, mine], device), first):
+        draw, source = generator(args.seed, epoch, step), images.shape[-1]
+        drawn = [draw_augmentation(size, changed, args.image_size, draw, source, mine) for changed in settings]
+        yield tuple(augment(images, parameters, data.mean, data.std, args.image_size) for parameters in drawn)
+
+
+def batches(images, indices, device):
+    """Yields images[index] on the device for each row of `indices` (steps, n). Where the images are not on the device,
+    a thread reads a batch ahead from the memory-mapped file and sends it, while the network trains on the last one."""
+    if images.device.type != "cpu":
+        for index in indices.to(device, non_blocking=True):
+            yield images[index]
+        return
+
+    def read(index):
+        batch = images[index]
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        reading = [thread.submit(read, index) for index in indices[:1]]
+        for index in [*indices[1:], None]:
+            batch = reading.pop().result()
+            if index is not None:
+                reading.append(thread.submit(read, index))
+            yield batch
 
 
 # --- augmentation
@@ -310,33 +334,35 @@ AUGMENT = {
 OWN_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
 
 
-def draw_augmentation(n, settings, size, draw):
-    """Random parameters for `n` augmentations of size × size images, as a dict of CPU tensors with n rows: crop (top,
-    left, height, width), flip, grayscale, solarize (yes, no), brightness, contrast, saturation (factors), hue (turns),
-    order of these four (one for the batch), sigma of the blur (pixels, 0: none), noise (n, 3, size, size)."""
+def draw_augmentation(n, settings, size, draw, source=None, rows=slice(None)):
+    """Random parameters for `n` augmentations of images of source × source pixels to size × size, as a dict of CPU
+    tensors with n rows: crop (top, left, height, width), flip, grayscale, solarize (yes, no), brightness, contrast,
+    saturation (factors), hue (turns), sigma of the blur (pixels, 0: none), noise (n, 3, size, size). `order`, in which
+    the four color operations come, is one list for all. `rows` cuts a part out of what is drawn."""
+    source = source or size
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, n, generator=draw)
 
     if "padding" in settings:
         shift = (uniform(0, 2 * settings["padding"] + 1, 2)).long() - settings["padding"]
-        crop = torch.stack([*shift, *torch.full((2, n), size)], 1)
+        crop = torch.stack([*shift, *torch.full((2, n), source)], 1)
     else:
         # Ten tries for each image. The first that fits is taken, else the whole image: torchvision's way.
-        area = uniform(*settings["scale"], 10) * size**2
+        area = uniform(*settings["scale"], 10) * source**2
         ratio = uniform(*(math.log(r) for r in settings["ratio"]), 10).exp()
         height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-        fits = (height <= size) & (width <= size) & (height > 0) & (width > 0)
+        fits = (height <= source) & (width <= source) & (height > 0) & (width > 0)
         tried = fits.int().argmax(0, keepdim=True)
-        height, width = (torch.where(fits.any(0), t.gather(0, tried)[0], size) for t in (height, width))
-        top, left = ((uniform(0, 1) * (size - t + 1)).floor() for t in (height, width))
+        height, width = (torch.where(fits.any(0), t.gather(0, tried)[0], source) for t in (height, width))
+        top, left = ((uniform(0, 1) * (source - t + 1)).floor() for t in (height, width))
         crop = torch.stack([top, left, height, width], 1).long()
     parameters = {"crop": crop, "flip": uniform(0, 1) < settings["flip"]}
     chosen = uniform(0, 1) < settings["jitter_p"]
     for name, strength in zip(("brightness", "contrast", "saturation", "hue"), settings["jitter"], strict=True):
         neutral = 0.0 if name == "hue" else 1.0
         parameters[name] = torch.where(chosen, neutral + uniform(-strength, strength), neutral)
-    parameters["order"] = torch.randperm(4, generator=draw).expand(n, 4)  # the same for the whole batch
+    order = torch.randperm(4, generator=draw).tolist()
     parameters["grayscale"] = uniform(0, 1) < settings["grayscale"]
     if settings["blur"] and size >= 64:
         parameters["sigma"] = torch.where(uniform(0, 1) < settings["blur"], uniform(0.1, 2), 0)
@@ -344,20 +370,23 @@ def draw_augmentation(n, settings, size, draw):
         parameters["solarize"] = uniform(0, 1) < settings["solarize"]
     if settings["noise"]:
         parameters["noise"] = settings["noise"] * torch.randn(n, 3, size, size, generator=draw)
-    return parameters
+    return {name: values[rows] for name, values in parameters.items()} | {"order": order}
 
 
-def augment(images, parameters, mean, std):
-    """uint8 images (n, 3, size, size) augmented and standardised, float32, each image with its own parameters.
+def augment(images, parameters, mean, std, size=None):
+    """uint8 images (n, 3, source, source) as augmented and standardised float32 ones (n, 3, size, size), each image
+    with its own parameters. `size` None leaves the size as it is.
 
     Each result is what torchvision's functional resized_crop, horizontal_flip, adjust_*, rgb_to_grayscale,
     gaussian_blur, solarize and normalize give. Beyond its border, a crop sees the image reflected.
     """
-    order = parameters["order"][0].tolist()  # read while it is on the CPU, so that nothing waits for the device
-    parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items()}
+    order, source = parameters["order"], images.shape[-1]
+    parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items() if k != "order"}
     top, left, height, width = parameters["crop"].unbind(1)
-    rows = resize_matrix(top, height, images.shape[2])
-    columns = resize_matrix(left, width, images.shape[3])
+    rows, columns = (
+        resize_matrix(top, height, source, size or source),
+        resize_matrix(left, width, source, size or source),
+    )
     columns = torch.where(parameters["flip"].view(-1, 1, 1), columns.flip(1), columns)
     x = rows.unsqueeze(1) @ (images / 255) @ columns.unsqueeze(1).mT
     factors = {k: parameters[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation", "hue")}
@@ -382,18 +411,19 @@ def augment(images, parameters, mean, std):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def resize_matrix(start, length, size):
-    """Matrices (n, size, size) that resize a crop of `length` pixels from `start` on: output = matrix @ input."""
+def resize_matrix(start, length, source, size):
+    """Matrices (n, size, source) that resize a crop of `length` pixels from `start` on: output = matrix @ input."""
     out = torch.arange(size, device=start.device).view(1, -1, 1)
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     at = start + ((out + 0.5) * length / size - 0.5).clamp_min(0).minimum(length - 1)
-    at = size - 1 - (size - 1 - at.abs()).abs()  # the image is reflected at its border
-    return (1 - (out.mT - at).abs()).clamp_min(0)
+    at = source - 1 - (source - 1 - at.abs()).abs()  # the image is reflected at its border
+    return (1 - (torch.arange(source, device=start.device) - at).abs()).clamp_min(0)
 
 
 def grayscale(x):
     """Luminance (n, 1, H, W) of RGB images (n, 3, H, W)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = x.split(1, dim=1)
+    return (0.587 * green).add_(red, alpha=0.2989).add_(blue, alpha=0.114)
 
 
 def shift_hue(x, turns):
@@ -404,7 +434,7 @@ def shift_hue(x, turns):
     safe = torch.where(chroma > 0, chroma, 1)
     not_red = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sixth = torch.where(value == red, (green - blue) / safe, not_red)
-    k = torch.remainder(x.new_tensor([5, 3, 1]).view(3, 1, 1) + sixth + 6 * turns, 6)
+    k = torch.remainder(torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + sixth + 6 * turns, 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -639,12 +669,13 @@ def rank():
 
 
 @contextmanager
-def rank_zero_first():
-    """Within this context process 0 goes first, to download or write what the others then find."""
-    if rank() > 0:
+def first_on_machine():
+    """Within this context the first process of each machine goes first, to write what the others then find."""
+    first = int(os.environ.get("LOCAL_RANK", rank())) == 0
+    if not first:
         dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
+    yield first
+    if first and world_size() > 1:
         dist.barrier()
 
 
@@ -757,8 +788,8 @@ def add_shared_flags(parser):
     flag("--warmup-epochs", type=number(0), help="epochs of warm-up [10, but at most a tenth of the epochs]")
     flag("--seed", type=integer(0), default=0, help="of the weights, the order and the augmentation")
     flag("--device", choices=["cuda", "mps", "cpu"], help="[cuda if there is one, else mps, else cpu]")
-    flag("--precision", choices=["bf16", "fp32"], help="of the network, not the loss [cuda: bf16, else fp32]; bf16 is "
-         "slower on CPUs without AVX512-BF16 or AMX")
+    flag("--precision", choices=["bf16", "fp32"], help="of the network, not the loss [bf16 on a GPU that has it, "
+         "else fp32, because bf16 is then slower]")
     flag("--compile", action="store_true", help="compile the network with torch.compile: slow start, faster steps")
     flag("--eval-every", type=integer(1), default=10, help="epochs between measurements of kNN accuracy")
     flag("--save-every", type=integer(1), default=1, help="epochs between checkpoints")
@@ -804,15 +835,23 @@ def find_device(name):
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
+def has_bf16(device):
+    """Whether the device multiplies in bf16: NVIDIA GPUs of compute capability 8 and above, and AMD's."""
+    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8)
+
+
 def start(args):
     """Joins the other processes under torchrun, seeds torch, and returns the device."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     device = find_device(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # for the losses' products; convolutions have it anyway
+    args.precision = args.precision or ("bf16" if has_bf16(device) else "fp32")
+    if not torch.amp.is_autocast_available(device.type):
+        fail(f"torch {torch.__version__} is too old for --device {device.type}: use --device cpu or a newer torch")
     if "RANK" in os.environ and not dist.is_initialized():
         # Two hours, because the others wait while the first process decodes or downloads.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -943,19 +982,20 @@ class Run:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         steps = (self.step - 1) % self.steps_per_epoch + 1
-        if self.step % 10 == 0:  # not more often, because reading the terms waits for the device
+        if self.step % 10 == 0 or steps == self.steps_per_epoch:  # seldom, because reading waits for the device
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.means(steps).items()}, refresh=False)
             self.check_finite(self.means(steps))
         self.bar.update()
+        self.seconds = time.perf_counter() - self.began
         if steps < self.steps_per_epoch:  # at the end of an epoch `end_epoch` stops, after its metrics
             self.stop_if_told(ask=self.step % 10 == 0)
 
     def end_epoch(self, epoch, metrics):
         """Writes the epoch's line to the log and the screen, and the checkpoint. Stops like `end_step`."""
-        done, last, seconds = epoch + 1, epoch + 1 == self.args.epochs, time.perf_counter() - self.began
+        done, last = epoch + 1, epoch + 1 == self.args.epochs
         line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"]} | self.means(self.steps_per_epoch) | metrics
         self.check_finite(line)
-        line["images_per_second"] = (self.step - self.first) * self.args.batch_size / seconds
+        line["images_per_second"] = (self.step - self.first) * self.args.batch_size / self.seconds
         if rank() == 0:
             if done % self.args.eval_every == 0 or last:
                 line["knn"] = knn_monitor(self.model, self.data)

@@ -71,8 +71,9 @@ class Model(nn.Module):
     def scores(self, z):
         return self.prototypes(nn.functional.normalize(z.float(), dim=-1))
 
+    @torch.no_grad()
     def normalise_prototypes(self):
-        self.prototypes.weight.data = nn.functional.normalize(self.prototypes.weight.data, dim=1)
+        self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
 
 
 # --- training

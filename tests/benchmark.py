@@ -102,7 +102,7 @@ def evaluation_share():
     train, test = ({"features": torch.randn(n, 512, generator=rng).to(DEVICE)} for n in (50_000, 10_000))
     test["embedding"] = torch.randn(10_000, 2048, generator=rng).to(DEVICE)
     labels, half = torch.arange(50_000) % 10, torch.full((3,), 0.5, device=DEVICE)
-    data = common.Data(images, labels, images, labels[:10_000], list("0123456789"), half, half)
+    data = common.Data(images, labels, images, labels[:10_000], list("0123456789"), half, half, 32)
     common.extract(model, images[:500], data, embeddings=False)
     forward = 60 * seconds(lambda: common.extract(model, images, data, embeddings=False))
     return seconds(lambda: evaluate.evaluate(train, test, data)) / forward

@@ -16,13 +16,14 @@ def by_torchvision(image, p, mean, std, size, padding=0):
     top, left, height, width = (int(v) for v in p["crop"])
     if padding:
         x = TF.crop(TF.pad(x, [padding] * 4, padding_mode="reflect"), top + padding, left + padding, height, width)
+        x = TF.resize(x, [size, size], antialias=False)
     else:
-        x = TF.resized_crop(x, top, left, height, width, [size, size], antialias=True)
+        x = TF.resized_crop(x, top, left, height, width, [size, size], antialias=x.shape[-1] == size)
     if p["flip"]:
         x = TF.horizontal_flip(x)
     jitter = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     factors = [float(p[name]) for name in ("brightness", "contrast", "saturation", "hue")]
-    for op in p["order"].tolist():
+    for op in p["order"]:
         x = jitter[op](x, factors[op])
     if p["grayscale"]:
         x = TF.rgb_to_grayscale(x, 3)
@@ -34,24 +35,24 @@ def by_torchvision(image, p, mean, std, size, padding=0):
     return TF.normalize(x, mean.tolist(), std.tolist())
 
 
-@pytest.mark.parametrize("size", [32, 80])
+@pytest.mark.parametrize("source, size", [(32, 32), (80, 80), (91, 80)])
 @pytest.mark.parametrize("kind", ["strong", "view 2", "weak"])
-def test_every_image_is_torchvisions(size, kind):
+def test_every_image_is_torchvisions(source, size, kind):
     rng = common.generator(size)
-    images = torch.randint(0, 256, (40, 3, size, size), generator=rng, dtype=torch.uint8)
-    images[:10] = common.draw_shapes(10, size, 0)[0]
+    images = torch.randint(0, 256, (40, 3, source, source), generator=rng, dtype=torch.uint8)
+    images[:10] = common.draw_shapes(10, source, 0)[0]
     images[10] = 128  # no hue, no contrast
     settings = dict(common.AUGMENT["weak" if kind == "weak" else "strong"], noise=0)
     if kind == "view 2":
         settings |= {"blur": 0.7, "solarize": 0.5, "grayscale": 0.5}
     if kind == "weak":
         settings |= {"jitter_p": 0.8}
-    parameters = common.draw_augmentation(40, settings, size, rng)
+    parameters = common.draw_augmentation(40, settings, size, rng, source)
     assert ("sigma" in parameters) == (kind == "view 2" and size >= 64)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    got = common.augment(images, parameters, mean, std)
+    got = common.augment(images, parameters, mean, std, size)
     for i in range(40):
-        p = {k: v[i] for k, v in parameters.items()}
+        p = {k: v if k == "order" else v[i] for k, v in parameters.items()}
         expected = by_torchvision(images[i], p, mean, std, size, settings.get("padding", 0))
         # Solarisation and hue jump where two values nearly tie, so a few pixels may land on the other side.
         off = (got[i] - expected).abs() > 1e-3
@@ -118,9 +119,9 @@ def test_no_two_batches_are_augmented_alike(monkeypatch):
     seeds = []
     original = common.draw_augmentation
 
-    def spy(n, settings, size, draw):
+    def spy(n, settings, size, draw, *others):
         seeds.append(draw.initial_seed())
-        return original(n, settings, size, draw)
+        return original(n, settings, size, draw, *others)
 
     monkeypatch.setattr(common, "draw_augmentation", spy)
     args = make_args(batch_size=1000)

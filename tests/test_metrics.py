@@ -85,7 +85,7 @@ def test_knn_is_scikit_learns_weighted_vote():
 def test_used_codes():
     """The monitor counts the codes in use. Here the code of a point is its first number."""
     points = torch.tensor([[5.0, 0], [5, 1], [7, 2], [100, 3]])
-    data = common.Data(points, None, points, None, [], torch.zeros(2), torch.ones(2))
+    data = common.Data(points, None, points, None, [], torch.zeros(2), torch.ones(2), 0)
     model = torch.nn.Module()
     model.backbone = model.head = torch.nn.Identity()
     assert "used_codes" not in common.collapse_metrics(model, data)
