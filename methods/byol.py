@@ -1,10 +1,9 @@
 """BYOL: predict what a slowly moving average of the network, the teacher, makes of the other view.
 
     loss = 2 - 2 cos(p1, t2) + 2 - 2 cos(p2, t1),  mean over the images                                         (Eq. 2)
-    teacher <- m teacher + (1 - m) student  after each step,  m = 1 - (1 - momentum) (cos(π progress) + 1) / 2
+    teacher <- m teacher + (1 - m) student  after each step;  m rises from `--momentum` to 1 along a half cosine
 
-p1 and p2 are a predictor's outputs for the student's projections of two views of an image, t1 and t2 the teacher's
-projections. progress goes from 0 to 1, so m rises from `--momentum` to 1.
+p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections.
 
 What prevents collapse: the predictor, and a teacher without gradient that changes slowly. `--momentum 0` starts with a
 teacher that equals the student; m still rises to 1. `--no-predictor` compares the projections themselves.
@@ -25,12 +24,13 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {}
+SIZES = {"shapes": {"momentum": 0.95, "last_layer": "batchnorm"}}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512)  # W-MSE authors' code
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
+    parser.add_argument("--last-layer", choices=["linear", "batchnorm"], default="linear", help="of the projector")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
 
 
@@ -51,7 +51,7 @@ class Model(nn.Module):
         d = args.projector_dim
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, 256, bias=False),
+            nn.Linear(d, 256, bias=False), nn.BatchNorm1d(256) if args.last_layer == "batchnorm" else nn.Identity(),
         )  # fmt: skip
         self.teacher = common.frozen_copy(self)  # of all above: backbone and head; without gradient
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))

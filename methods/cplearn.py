@@ -1,12 +1,11 @@
 """CPLearn: give both views of an image the same distribution over c random codes, and use all codes equally often.
 
-    z = sqrt(f) l2norm(batchnorm(linear(h))),  p = softmax(Wᵀ z / tau)
-    loss = beta invariance + prior                                                                              (Eq. 1)
+    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))         (Eq. 1)
     invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
 h is the backbone's output for a view. W (f, c) holds the codes, which are random signs and never trained. p1_i and p2_i
 (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images.
-If z equals a code, its score in Wᵀz is f, and all others are near 0. tau is set such that its p is then about 1.
+If z equals a code, its score in Wᵀz is f, others are near 0, and tau makes its p 1 - eps (c - 1), about 1.
 
 What prevents collapse: the prior. It is 0 if all codes are used equally, and log c if all images use one. z that fill
 few dimensions cannot use all codes, because few random codes lie near them. `--beta 10` lets a few codes win.
@@ -87,16 +86,15 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        f = args.projector_dim
+        d = args.projector_dim
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, f), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(f),
-            nn.RMSNorm(f, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(f)
+            nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
+            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        eps = 1e-8  # a z equal to a code has p = 1 - eps (c - 1) there
-        self.temperature = f / math.log((1 - eps * (args.c - 1)) / eps)  # tau
-        if args.activation == "tanh-unscaled":  # the authors' code, where tanh lacks the paper's 1/sqrt(n)
-            self.temperature /= math.sqrt(args.batch_size)
-        self.register_buffer("codes", draw_codes(args.codes, f, args.c, args.seed), persistent=False)
+        self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)  # tau: d is f above, and eps 1e-8
+        # "tanh-unscaled" is the authors' code, whose tanh lacks the paper's 1/sqrt(n).
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
+        self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):
         return self.head(self.backbone(x))

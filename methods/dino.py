@@ -4,8 +4,7 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s and t (n, k) are cosines of the student's and the teacher's embeddings with their own k prototypes, 1 and 2 an image's
-two views. `entropy` is H(q, q), `divergence` is KL, means over n images i.
+s, t (n, k): cosines of student's, teacher's embeddings with their k prototypes. `entropy` is H(q, q), `divergence` KL.
 
 What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
 `entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.

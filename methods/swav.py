@@ -39,8 +39,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (target q1, prediction p2), `loss21`. `earlier` (m, k) are those of m
-    queued embeddings, which only Sinkhorn sees; m may be 0."""
+    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (of q1, p2), `loss21`. `earlier` (m, k), of a queue, or m = 0."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
@@ -71,9 +70,8 @@ class Model(nn.Module):
     def scores(self, z):
         return self.prototypes(nn.functional.normalize(z.float(), dim=-1))
 
-    @torch.no_grad()
     def normalise_prototypes(self):
-        self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
+        nn.functional.normalize(self.prototypes.weight.data, dim=1, out=self.prototypes.weight.data)
 
 
 # --- training
