@@ -581,16 +581,20 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
 
     Each of the k neighbours by cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018).
     """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
-    classes = int(bank_labels.max()) + 1
-    right = 0
+    classes, device, right = int(bank_labels.max()) + 1, queries.device, 0
     for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
-        similarity, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        query, best = F.normalize(query.float(), dim=1), []
+        for part, its_labels in zip(bank.split(2**16), bank_labels.split(2**16), strict=True):
+            part = F.normalize(part.to(device).float(), dim=1)
+            similarity, nearest = (query @ part.T).topk(min(k, len(part)), dim=1)
+            best.append((similarity, its_labels.to(device)[nearest]))
+        similarity, voters = (torch.cat(columns, 1) for columns in zip(*best, strict=True))
+        similarity, nearest = similarity.topk(min(k, len(bank)), dim=1)
         # Relative to the nearest neighbour, so that a small temperature cannot overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(query), classes, device=bank.device).scatter_add_(1, bank_labels[nearest], weight)
-        right += (votes.argmax(1) == label).sum().item()
+        votes = torch.zeros(len(query), classes, device=device)
+        votes.scatter_add_(1, voters.gather(1, nearest), weight)
+        right += (votes.argmax(1) == label.to(device)).sum().item()
     return right / len(queries)
 
 
@@ -604,21 +608,24 @@ def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
     `features`; with `embeddings` also the `embedding`, which the loss acts on, and, for codes or prototypes, the
     assigned `codes` and the `entropy` of the assignments over log c."""
-    training = model.training
+    training, out = model.training, {}
     model.eval()
-    parts = []
-    for batch in images.split(batch_size):
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
         part = {"features": model.backbone(data.normalise(batch))}
         if embeddings:
             part["embedding"] = model.head(part["features"])
         if embeddings and hasattr(model, "scores"):
-            # A few rows at a time, because scores over a million codes are large.
-            scores = (model.scores(z) for z in part["embedding"].split(64))
+            # With many codes a few rows at a time, so that no matrix of scores has more than 16 million entries.
+            c = model.scores(part["embedding"][:1]).shape[1]
+            scores = (model.scores(z) for z in part["embedding"].split(max(1, 2**24 // c)))
             pairs = [(s.argmax(1), normalised_entropy(s / model.temperature)) for s in scores]
             part["codes"], part["entropy"] = (torch.cat(columns) for columns in zip(*pairs, strict=True))
-        parts.append(part)
+        for name, rows in part.items():  # into one array, because joining parts would take the memory twice
+            if first == 0:
+                out[name] = rows.new_empty(len(images), *rows.shape[1:])
+            out[name][first : first + batch_size] = rows
     model.train(training)
-    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {k: v.cpu() for k, v in out.items()} if data.mean.device.type == "mps" else out  # mps has no float64
 
 

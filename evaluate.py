@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import nn
 from tqdm import tqdm
@@ -140,7 +140,8 @@ def networks(jobs, options, device):
 
 def check_finite(path, *outputs):
     """Refuses a network whose features or embeddings are infinite or NaN."""
-    if not all(out[name].isfinite().all() for out in outputs for name in ("features", "embedding") if name in out):
+    arrays = [out[name] for out in outputs for name in ("features", "embedding") if name in out]
+    if not all(torch.stack(x.aminmax()).isfinite().all() for x in arrays):
         common.fail(f"the network in {str(path)!r} gives features that are not finite numbers; train it again")
 
 
@@ -154,10 +155,13 @@ def count_codes(model, embedding):
 
 
 def kmeans(x, k, restarts=5, iterations=100):
-    """scikit-learn's k-means of x (n, d): assignments (n,) and centers (k, d) on x's device."""
+    """scikit-learn's k-means of x (n, d): assignments (n,) and centers (k, d) on x's device. Above 100 million numbers
+    in x it takes mini-batches of 10,000."""
+    k, mini = min(k, len(x)), {"batch_size": 10_000} if x.numel() > 10**8 else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer different points than clusters, or few iterations, are no news here
-        fitted = KMeans(min(k, len(x)), n_init=restarts, max_iter=iterations, random_state=0).fit(x.cpu().numpy())
+        means = (MiniBatchKMeans if mini else KMeans)(k, n_init=restarts, max_iter=iterations, random_state=0, **mini)
+        fitted = means.fit(x.cpu().numpy())
     return torch.from_numpy(fitted.labels_).long().to(x.device), torch.from_numpy(fitted.cluster_centers_).to(x)
 
 
@@ -170,7 +174,10 @@ def shuffled_nmi(codes, labels, repeats=5):
 def linear_probe(features, labels, test_features, test_labels, epochs=100, lr=1e-2, batch_size=2000):
     """Test accuracy of a linear softmax classifier trained with Adam on standardised features (n, d), labels (n,)."""
     std, mean = torch.std_mean(features, dim=0, correction=0)
-    features, test_features = ((f - mean) / std.clamp_min(1e-6) for f in (features, test_features))
+
+    def standard(x):  # a batch at a time, because a second array of all features may be too large
+        return (x - mean) / std.clamp_min(1e-6)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         probe = nn.Linear(features.shape[1], int(max(labels.max(), test_labels.max())) + 1).to(features.device)
@@ -178,11 +185,12 @@ def linear_probe(features, labels, test_features, test_labels, epochs=100, lr=1e
         for _ in range(epochs):
             order = torch.randperm(len(features)).to(features.device)
             for index in order.split(batch_size):
-                loss = nn.functional.cross_entropy(probe(features[index]), labels[index])
+                loss = nn.functional.cross_entropy(probe(standard(features[index])), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return (probe(test_features).argmax(1) == test_labels).float().mean().item()
+    guesses = torch.cat([probe(standard(x)).argmax(1) for x in test_features.split(batch_size)])
+    return (guesses == test_labels).float().mean().item()
 
 
 def evaluate(train, test, data, clusters=None):

@@ -75,7 +75,7 @@ def draw_codes(kind, f, c, seed):
     """Codes W (f, c) of ±1, int8: each entry random, or c different columns of Sylvester's orthogonal matrix (f, f)."""
     rng = torch.Generator().manual_seed(seed)
     if kind == "rademacher":
-        return 2 * torch.randint(2, (f, c), generator=rng, dtype=torch.int8) - 1
+        return torch.randint(2, (f, c), generator=rng, dtype=torch.int8).mul_(2).sub_(1)  # in place: it may be large
     if f & (f - 1) or c > f:
         common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
     bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length())) & 1  # row i holds the binary digits of i
