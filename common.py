@@ -307,12 +307,11 @@ def batches(images, indices, device):
         return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as thread:
-        reading = [thread.submit(read, index) for index in indices[:1]]
-        for index in [*indices[1:], None]:
-            batch = reading.pop().result()
-            if index is not None:
-                reading.append(thread.submit(read, index))
-            yield batch
+        ahead = None
+        for index in [*indices, None]:
+            batch, ahead = ahead, index is not None and thread.submit(read, index)
+            if batch:
+                yield batch.result()
 
 
 # --- augmentation

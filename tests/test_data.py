@@ -1,6 +1,7 @@
 """Data sets: what they hold, and what happens when files are missing or broken."""
 
 import argparse
+import time
 import types
 from urllib.error import URLError
 
@@ -52,6 +53,48 @@ def test_folder_holds_the_files_pixels(images):
     assert torch.equal(data.images[1][0], data.images[1][2])  # gray images get three channels
     expected = torch.stack([x.double() / 255 for x in data.images]).mean((0, 2, 3))
     torch.testing.assert_close(data.mean, expected.float())
+
+
+def test_large_images_are_kept_larger_than_the_network_sees_them(images):
+    """256 pixels for 224: random crops are cut out of the larger image, and the middle is what evaluation sees."""
+    data = load(image_size=70)
+    assert data.images.shape == (12, 3, 80, 80)
+    x = data.normalise(data.images)
+    assert x.shape == (12, 3, 70, 70)
+    expected = (data.images[3, 1, 5:75, 5:75] / 255 - data.mean[1]) / data.std[1]
+    torch.testing.assert_close(x[3, 1], expected)
+    args = argparse.Namespace(dataset="folder", image_size=70, batch_size=4, seed=0, augment="strong")
+    assert [x.shape for x in next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))] == [(4, 3, 70, 70)] * 2
+
+
+def test_only_the_first_process_of_a_machine_looks_at_each_file(images, monkeypatch):
+    whole = load()
+    monkeypatch.setattr(common, "decode_images", lambda *_: pytest.fail("another process decodes"))
+    monkeypatch.setattr(common.dist, "barrier", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other = load()
+    assert torch.equal(other.images, whole.images) and torch.equal(other.labels, whole.labels)
+
+
+def test_a_batch_is_read_ahead(monkeypatch):
+    """While a batch is in use, a thread reads the next one, and no more."""
+    images, indices = torch.arange(12).view(6, 2), torch.tensor([[5, 0], [1, 2], [3, 4]])
+    read, original = [], torch.Tensor.__getitem__
+
+    def spy(tensor, index):
+        if tensor is images:
+            read.append(index.tolist())
+        return original(tensor, index)
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", spy)
+    for step, batch in enumerate(common.batches(images, indices, CPU)):
+        assert batch.tolist() == [[2 * i, 2 * i + 1] for i in indices[step].tolist()]
+        for _ in range(200):
+            if len(read) == min(step + 2, 3):
+                break
+            time.sleep(0.01)
+        assert read == indices[: step + 2].tolist()
+    assert list(common.batches(images, indices[:0], CPU)) == []
 
 
 def test_folder_cache_is_reused_and_follows_the_files(images):

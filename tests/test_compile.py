@@ -1,0 +1,46 @@
+"""--compile gives the steps of the plain network, in one graph, and compiles nothing again after its first steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, OWN, TINY, launch
+
+import common
+
+
+def losses(run, method, out, *flags):
+    result = run(method, *TINY, *OWN[method], "--epochs", "2", "--out", out, *flags)
+    assert result.code == 0, result.err
+    return logged(out)
+
+
+def logged(folder):
+    return [json.loads(line)["loss"] for line in Path(folder, "log.jsonl").read_text().splitlines()[2:]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_and_no_recompilation(method, run, monkeypatch):
+    compile_, end_step, graphs = torch.nn.Module.compile, common.Run.end_step, []
+
+    def count(training_run, terms):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        end_step(training_run, terms)
+
+    plain = losses(run, method, "plain")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_(m, backend="eager", fullgraph=True))
+    monkeypatch.setattr(common.Run, "end_step", count)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses(run, method, "compiled", "--compile") == pytest.approx(plain, rel=1e-6)
+    assert set(graphs) == {2 if method in ("byol", "dino") else 1}  # the network's and the teacher's
+
+
+def test_compiled_code_of_two_processes_takes_the_same_steps(run, long):
+    for method in METHODS if long else ["byol"]:
+        plain = losses(run, method, f"{method}-plain")
+        flags = [*TINY, *OWN[method], "--epochs", 2, "--compile", "--out", f"{method}-compiled"]
+        training = launch(method, *flags, processes=2)
+        assert training.wait() == 0, training.stderr.read()
+        assert logged(f"{method}-compiled") == pytest.approx(plain, rel=1e-3)
