@@ -1,5 +1,10 @@
 """Time and memory beside the plain way of doing the same, as ratios: python tests/benchmark.py
 
+`python tests/benchmark.py step` counts what a step of each method costs, and says what that would take on a GPU.
+`python tests/benchmark.py codes` shows how CPLearn's step grows with the number of codes c.
+`python tests/benchmark.py precision` shows what a network in bf16 does to each loss and its gradient.
+`python tests/benchmark.py disk` trains from a file of images larger than the memory that is left for it.
+
 CPLearn's loss and gradient, in blocks of codes against the plain formula with n × c matrices; one batch of augmented
 views against torchvision's transforms image by image; expectation maximisation against scikit-learn's; and evaluation
 against its forward passes. Times are medians of alternating runs in one process (evaluation: of one run); peak extra
@@ -10,22 +15,31 @@ can stay in it: with blocks of 4096 of 131,072 codes, glibc 2.36 kept half as mu
 """
 
 import argparse
+import contextlib
 import math
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
+import torchvision
 from sklearn.mixture import GaussianMixture
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ledger
+from conftest import METHODS
+
 import analyze
 import common
 import evaluate
@@ -91,6 +105,12 @@ def peak_extra(name, n, f, c):
     return (max(resident) - resident[0]) * resource.getpagesize()
 
 
+def own_process(name, n, f, c):
+    """`peak_extra` measured in a process of its own."""
+    command = [sys.executable, __file__, name, str(n), str(f), str(c)]
+    return int(subprocess.run(command, env=ONE_MAP_EACH, capture_output=True, text=True, check=True).stdout)
+
+
 def evaluation_share():
     """Seconds of evaluate.py's figures at CIFAR-10's size (512 features, 2048 dimensions of embedding, k-means), over
     those of ResNet-18's forward passes through its 60,000 images, of which 1000 are timed."""
@@ -112,6 +132,122 @@ def pages():
     return int(Path("/proc/self/statm").read_text().split()[1])
 
 
+def codes():
+    """Time and memory of CPLearn's loss and gradient as c grows, in blocks and, while it fits, by the plain formula."""
+    print(f"CPLearn's loss and gradient of 64 images, {DEVICE}, {torch.get_num_threads()} threads\n")
+    print(f"{'f':>6}{'c':>9}{'plain s':>9}{'blocks s':>10}{'plain MiB':>11}{'blocks MiB':>12}")
+    for f in (384, 2048):
+        for c in (2**14, 2**16, 2**18, 2**20):
+            z1, z2, w, tau = inputs(64, f, c)
+            names = ["plain", "blocks"] if 64 * c <= 2**24 else ["blocks"]
+            times = dict(zip(names, rival_times(1, *(lambda n=n: step(n, z1, z2, w, tau) for n in names)), strict=True))
+            memory = {n: own_process(n, 64, f, c) for n in names}
+            row = [f"{times[n]:.2f}" if n in times else "-" for n in ("plain", "blocks")]
+            row += [f"{memory[n] / 2**20:.0f}" if n in memory else "-" for n in ("plain", "blocks")]
+            print(f"{f:>6}{c:>9}{row[0]:>9}{row[1]:>10}{row[2]:>11}{row[3]:>12}")
+
+
+class Stop(Exception):
+    pass
+
+
+def first_gradient(method, *flags, change=lambda module: None):
+    """The loss and the gradient of all parameters, as one vector, of the first step of a script's run."""
+    found, folder = {}, tempfile.TemporaryDirectory()
+
+    def stop(model):
+        found["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+        raise Stop
+
+    def keep(args, model, optimizer, data):
+        run = common.Run(args, model, optimizer, data)
+        run.bar = tqdm(disable=True)
+        return run
+
+    module = evaluate.load_method(method)
+    change(module)
+    argv = [f"methods/{method}.py", "--dataset", "shapes", "--image-size", "32", "--out", folder.name, *flags]
+    loss_fn = module.loss_fn
+    module.loss_fn = lambda *a, **k: found.setdefault("terms", loss_fn(*a, **k))
+    with patch.object(sys, "argv", argv), patch.object(common, "sum_gradients", stop), \
+         patch.object(common, "open_run", keep), contextlib.suppress(Stop):  # fmt: skip
+        module.main()
+    return found["terms"]["loss"].item(), found["gradient"]
+
+
+def float32_head(module):
+    """Takes the head out of autocast."""
+    original = module.Model
+
+    def build(args):
+        model = original(args)
+        forward = model.head.forward
+
+        def without(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return forward(x.float())
+
+        model.head.forward = without
+        return model
+
+    module.Model = build
+
+
+def precision():
+    """What a network in bf16 does to each method's loss and gradient at the start of training."""
+    print(
+        "First step on the drawn shapes, 32 × 32, ResNet-18 of width 16, 256 images, against float32: relative error of"
+    )
+    print(
+        "the loss, and cosine of the gradient of all parameters. Network in bf16, then the same with its head in float32\n"
+    )
+    print(f"{'method':<16}{'loss':>10}{'cosine':>9}{'loss':>12}{'cosine':>9}")
+    for method in METHODS:
+        flags = ["--width", "16", "--batch-size", "256", "--precision"]
+        loss, gradient = first_gradient(method, *flags, "fp32")
+        row = f"{method:<16}"
+        for change in (lambda module: None, float32_head):
+            its_loss, its_gradient = first_gradient(method, *flags, "bf16", change=change)
+            cosine = torch.nn.functional.cosine_similarity(gradient, its_gradient, dim=0).item()
+            row += f"{abs(its_loss - loss) / abs(loss):>10.1e}{cosine:>9.4f}  "
+        print(row)
+
+
+def disk(gigabytes=4):
+    """Reads batches of 256 × 256 pixels in random order from a file that is not in memory, as training does."""
+    n = int(gigabytes * 1e9) // (3 * 256 * 256) // 64 * 64
+    with tempfile.NamedTemporaryFile(dir=".", suffix=".npy") as file:
+        array = np.lib.format.open_memmap(file.name, "w+", np.uint8, (n, 3, 256, 256))
+        for i in range(0, n, 64):
+            array[i : i + 64] = np.random.default_rng(i).integers(256, size=(64, 3, 256, 256), dtype=np.uint8)
+        array.flush()
+        del array
+        images, order = torch.from_numpy(np.load(file.name, mmap_mode="c")), torch.randperm(n).view(-1, 64)[:40]
+
+        def forget():
+            with open(file.name, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        net = torchvision.models.resnet18()
+
+        def train(batch):
+            net(batch[:8, :, :224, :224] / 255).square().mean().backward()
+
+        forget()
+        reading = seconds(lambda: [images[index] for index in order])
+        forget()
+        plain = seconds(lambda: [train(images[index]) for index in order])
+        forget()
+        ahead = seconds(lambda: [train(batch) for batch in common.batches(images, order, DEVICE)])
+        training = seconds(lambda: [train(batch) for batch in [images[order[0]]] * len(order)])
+    rate = order.numel() * 3 * 256 * 256 / 1e6 / reading
+    print(f"{gigabytes} GB of images, none in memory, batches of 64 in random order: {rate:.0f} MB/s")
+    print(
+        f"training, over the steps alone: {plain / training:.2f} if each batch is read first, {ahead / training:.2f} if"
+    )
+    print(f"a thread reads ahead; reading alone takes {reading / training:.2f} of the steps")
+
+
 def main():
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
     print("CPLearn's loss and gradient: in blocks beside plain")
@@ -121,11 +257,7 @@ def main():
         blocks, plain = (step(name, z1, z2, codes, tau) for name in LOSSES)
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(blocks, plain, strict=True))
         times = rival_times(7, *(lambda name=name: step(name, z1, z2, codes, tau) for name in LOSSES))
-        memory = []
-        for name in LOSSES:
-            command = [sys.executable, __file__, name, str(n), str(f), str(c)]
-            done = subprocess.run(command, env=ONE_MAP_EACH, capture_output=True, text=True, check=True)
-            memory.append(int(done.stdout) / 2**20)
+        memory = [own_process(name, n, f, c) / 2**20 for name in LOSSES]
         share = f"{memory[0]:.0f} MiB / {memory[1]:.0f} MiB = 1/{memory[1] / memory[0]:.1f}"
         print(f"{f'({n}, {f}, {c})':>20}  {times[1] / times[0]:>12.2f}  {share:>24}  {error:>19.0e}")
 
@@ -158,7 +290,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if len(sys.argv) > 2:
         print(peak_extra(sys.argv[1], *map(int, sys.argv[2:])))
     else:
-        main()
+        {"step": ledger.report, "codes": codes, "precision": precision, "disk": disk}.get("".join(sys.argv[1:]), main)()

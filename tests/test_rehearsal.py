@@ -1,27 +1,15 @@
-"""Training on a GPU that is not there, with torch's fake tensors: they have a device and a shape, but no numbers.
-
-Each script's own `main` runs here, with its augmentation, network under bf16 autocast, loss and optimizer on "cuda". A
-step must not read anything back, must not copy from the host in a way that waits, and must not mix devices. Without a
-GPU torch cannot run backward on such tensors. There a stand-in for it sets the gradients, and the same step on a fake
-"cpu" runs the true one.
-"""
-
-import sys
+"""Training on a GPU that is not there: a step must not read anything back, must not copy from the host in a way that
+waits, and must not mix devices (tests/rehearsal.py says how)."""
 
 import pytest
 import torch
-from conftest import METHODS, ROOT
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from conftest import METHODS
+from rehearsal import rehearse
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-import evaluate
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.masked_select.default,
@@ -55,85 +43,7 @@ class NeverWait(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-@pytest.fixture
-def rehearse(monkeypatch, tmp_path):
-    """rehearse(script, *flags, device=, change=) runs two steps of training without numbers, `change` being called with
-    the script's module before."""
-    monkeypatch.chdir(tmp_path)
-    trained, seen = [], []
-    open_run, two_views, end_step, sgd = common.open_run, common.two_views, common.Run.end_step, torch.optim.SGD
-
-    def start(args):
-        args.precision = "bf16"
-        torch.manual_seed(args.seed)
-        return torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-
-    def load_data(args, device):
-        shape = (64, 2) if args.dataset in common.TOYS else (64, 3, args.image_size, args.image_size)
-        images = torch.zeros(shape, dtype=torch.float32 if len(shape) == 2 else torch.uint8, device=device)
-        labels, std = torch.zeros(64, dtype=torch.int64, device=device), torch.ones(shape[1], device=device)
-        return common.Data(images, labels, images, labels, ["0", "1", "2"], std, std, args.image_size)
-
-    def keep(args, model, optimizer, data):
-        trained[:] = [model]
-        return open_run(args, model, optimizer, data)
-
-    def stand_in(loss):
-        """For backward, which without a GPU torch cannot run on tensors of one."""
-        assert loss.requires_grad and loss.is_cuda and loss.dtype == torch.float32
-        for p in trained[0].parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-
-    def watched(*args):
-        with NeverWait():
-            yield from two_views(*args)
-
-    def count(run, terms):
-        seen.append(run.step)
-        end_step(run, terms)
-
-    def real(function):
-        def call(*args, **kwargs):
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-
-        return call
-
-    # What happens on the host, between epochs, or needs numbers.
-    monkeypatch.setattr(common, "start", start)
-    monkeypatch.setattr(common, "load_data", load_data)
-    monkeypatch.setattr(common, "open_run", keep)
-    monkeypatch.setattr(common, "two_views", watched)
-    monkeypatch.setattr(common, "draw_augmentation", real(common.draw_augmentation))
-    monkeypatch.setattr(common, "knn_monitor", lambda *_: 0.0)
-    monkeypatch.setattr(common, "collapse_metrics", lambda *_: {"center_norm": 0.0})
-    monkeypatch.setattr(common.Run, "means", lambda *_: {})
-    monkeypatch.setattr(common.Run, "end_step", count)
-    monkeypatch.setattr(common.Run, "save", lambda _: None)
-    # What torch asks a GPU for, or cannot do without one.
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused, **kwargs: sgd(*args, **kwargs))
-
-    def call(script, *flags, device="cuda", change=lambda module: None):
-        flags = ["--epochs", "1", "--batch-size", "32", "--device", device, *flags]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "methods" / f"{script}.py"), *flags])
-        if device == "cuda":
-            monkeypatch.setattr(torch.Tensor, "backward", stand_in)
-        else:  # fake tensors know one thread
-            monkeypatch.setattr(common, "batches", lambda images, indices, _: (images[index] for index in indices))
-        module = evaluate.load_method(script)
-        change(module)
-        module.Model = real(module.Model)  # torch turns its parameters into fake ones on their way to the device
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            module.main()
-        assert seen == [1, 2]
-
-    return call
-
-
-SMALL = ["--width", "16", "--projector-dim", "32"]
+SMALL = ["--width", "16", "--projector-dim", "32", "--batch-size", "32"]
 FLAGS = {"cplearn": ["--c", "64"], "wmse": ["--embedding-dim", "8", "--part-size", "16"], "swav": ["--queue", "64"]}
 OTHERS = ("resnet8", "resnet50 --image-size 96", "vit_small --width 64", "mlp --dataset moons", "resnet18 --c 1048576",
           "resnet18 --augment weak", "resnet18 --optimizer lars --lr 1")  # fmt: skip
@@ -141,14 +51,14 @@ OTHERS = ("resnet8", "resnet50 --image-size 96", "vit_small --width 64", "mlp --
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits(method, device, rehearse):
-    rehearse(method, *SMALL, *FLAGS.get(method, []), device=device)
+def test_a_step_never_waits(method, device):
+    rehearse(method, *SMALL, *FLAGS.get(method, []), device=device, watch=NeverWait)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("flags", OTHERS)
-def test_a_step_of_another_kind_never_waits(flags, device, rehearse):
-    rehearse("cplearn", *SMALL, "--c", "64", "--backbone", *flags.split(), device=device)
+def test_a_step_of_another_kind_never_waits(flags, device):
+    rehearse("cplearn", *SMALL, "--c", "64", "--backbone", *flags.split(), device=device, watch=NeverWait)
 
 
 def before_loss(act):
@@ -188,8 +98,8 @@ WAITING = {
 
 
 @pytest.mark.parametrize("what", WAITING)
-def test_the_rehearsal_sees(what, rehearse, monkeypatch):
+def test_the_rehearsal_sees(what, monkeypatch):
     for name in ("batches", "grayscale", "shift_hue"):
         monkeypatch.setattr(common, name, getattr(common, name))  # what the change replaces comes back
     with pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException)):
-        rehearse("vicreg", *SMALL, change=WAITING[what])
+        rehearse("vicreg", *SMALL, change=WAITING[what], watch=NeverWait)
