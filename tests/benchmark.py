@@ -195,12 +195,8 @@ def float32_head(module):
 
 def precision():
     """What a network in bf16 does to each method's loss and gradient at the start of training."""
-    print(
-        "First step on the drawn shapes, 32 × 32, ResNet-18 of width 16, 256 images, against float32: relative error of"
-    )
-    print(
-        "the loss, and cosine of the gradient of all parameters. Network in bf16, then the same with its head in float32\n"
-    )
+    print("First step on the drawn shapes, 32 × 32, ResNet-18 of width 16, 256 images, against float32: relative error")
+    print("of the loss, and cosine of the gradient of all parameters. Network in bf16, then with its head in float32\n")
     print(f"{'method':<16}{'loss':>10}{'cosine':>9}{'loss':>12}{'cosine':>9}")
     for method in METHODS:
         flags = ["--width", "16", "--batch-size", "256", "--precision"]
