@@ -24,7 +24,7 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {}
+SIZES = {"shapes": {"epochs": 30}}
 
 
 def add_flags(parser):
