@@ -31,7 +31,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torchvision
 from sklearn.mixture import GaussianMixture
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -218,30 +217,43 @@ def disk(gigabytes=4):
             array[i : i + 64] = np.random.default_rng(i).integers(256, size=(64, 3, 256, 256), dtype=np.uint8)
         array.flush()
         del array
-        images, order = torch.from_numpy(np.load(file.name, mmap_mode="c")), torch.randperm(n).view(-1, 64)[:40]
+        order = torch.randperm(n).view(-1, 64)[:40]
 
-        def forget():
+        def cold():
+            """The images, none of them in memory. Pages that are mapped would stay, so each map is a new one."""
             with open(file.name, "rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return torch.from_numpy(np.load(file.name, mmap_mode="c"))
 
-        net = torchvision.models.resnet18()
+        def alone(images):
+            return [seconds(lambda index=index: images[index]) for index in order]
 
-        def train(batch):
-            net(batch[:8, :, :224, :224] / 255).square().mean().backward()
+        reading = alone(cold())
+        a = torch.randn(256, 256)
 
-        forget()
-        reading = seconds(lambda: [images[index] for index in order])
-        forget()
-        plain = seconds(lambda: [train(images[index]) for index in order])
-        forget()
-        ahead = seconds(lambda: [train(batch) for batch in common.batches(images, order, DEVICE)])
-        training = seconds(lambda: [train(batch) for batch in [images[order[0]]] * len(order)])
-    rate = order.numel() * 3 * 256 * 256 / 1e6 / reading
+        def train(step):
+            """A step that takes as long as reading its batch did."""
+            end = time.perf_counter() + reading[step]
+            while time.perf_counter() < end:
+                a @ a
+
+        def first(images):
+            for step, index in enumerate(order):
+                images[index]
+                train(step)
+
+        def ahead(images):
+            for step, _ in enumerate(common.batches(images, order, torch.device("cpu"))):
+                train(step)
+
+        shares = [seconds(lambda way=way: way(cold())) / sum(reading) for way in (first, ahead)]
+    rate = order.numel() * 3 * 256 * 256 / 1e6 / sum(reading)
     print(f"{gigabytes} GB of images, none in memory, batches of 64 in random order: {rate:.0f} MB/s")
     print(
-        f"training, over the steps alone: {plain / training:.2f} if each batch is read first, {ahead / training:.2f} if"
+        f"steps as long as that, time over the steps alone: {shares[0]:.2f} if each batch is read first, ",
+        end="",
     )
-    print(f"a thread reads ahead; reading alone takes {reading / training:.2f} of the steps")
+    print(f"{shares[1]:.2f} if a thread reads ahead")
 
 
 def main():
