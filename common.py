@@ -583,7 +583,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
     classes, device, right = int(bank_labels.max()) + 1, queries.device, 0
     for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
         query, best = F.normalize(query.float(), dim=1), []
-        for part, its_labels in zip(bank.split(2**16), bank_labels.split(2**16), strict=True):
+        for part, its_labels in zip(bank.split(2**14), bank_labels.split(2**14), strict=True):
             part = F.normalize(part.to(device).float(), dim=1)
             similarity, nearest = (query @ part.T).topk(min(k, len(part)), dim=1)
             best.append((similarity, its_labels.to(device)[nearest]))

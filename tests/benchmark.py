@@ -79,14 +79,12 @@ def rival_times(repeats, *functions):
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def peak_extra(name, n, f, c):
-    """Bytes above the inputs that one step needs at its peak, measured in this process."""
-    z1, z2, codes, tau = inputs(n, f, c)
-    step(name, z1, z2, codes[:, :2048].contiguous(), tau)
+def peak_of(function):
+    """Bytes that `function` needs at its peak, above what is in use before."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(name, z1, z2, codes, tau)
+        function()
         return torch.cuda.max_memory_allocated() - before
     # The resident set, sampled: the process's high-water mark already lies above what small sizes need.
     resident = [pages()]
@@ -98,10 +96,44 @@ def peak_extra(name, n, f, c):
 
     thread = threading.Thread(target=sample)
     thread.start()
-    step(name, z1, z2, codes, tau)
+    function()
     done.set()
     thread.join()
     return (max(resident) - resident[0]) * resource.getpagesize()
+
+
+def peak_extra(name, n, f, c):
+    """Bytes above the inputs that one step of CPLearn's loss needs at its peak, or evaluation of n images with f
+    features and c test images."""
+    if name == "evaluation":
+        return evaluation_peak(n, f, c)
+    z1, z2, codes, tau = inputs(n, f, c)
+    step(name, z1, z2, codes[:, :2048].contiguous(), tau)
+    return peak_of(lambda: step(name, z1, z2, codes, tau))
+
+
+def evaluation_peak(n, d, tests):
+    """Bytes above the images that evaluation of `n` training and `tests` test images with `d` features needs."""
+    rng, half = common.generator(0), torch.full((3,), 0.5, device=DEVICE)
+    model = torch.nn.Module()
+    model.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, d)).to(DEVICE)
+    model.head = torch.nn.Linear(d, 128).to(DEVICE)
+    images, test_images = (
+        torch.randint(256, (k, 3, 8, 8), dtype=torch.uint8, generator=rng).to(DEVICE) for k in (n, tests)
+    )
+    labels, test_labels = torch.arange(n) % 100, torch.arange(tests) % 100
+    data = common.Data(images, labels, test_images, test_labels, [str(i) for i in range(100)], half, half, 8)
+
+    def run(images, test_images):
+        train = common.extract(model, images, data, embeddings=False)
+        test = common.extract(model, test_images, data)
+        evaluate.linear_probe(
+            train["features"], labels[: len(images)], test["features"], test_labels[: len(test_images)], 1
+        )
+        common.knn_accuracy(train["features"], labels[: len(images)], test["features"], test_labels[: len(test_images)])
+
+    run(images[:2000], test_images[:2000])
+    return peak_of(lambda: run(images, test_images))
 
 
 def own_process(name, n, f, c):
@@ -294,6 +326,11 @@ def main():
         times = rival_times(3, lambda: analyze.fit_mixture(on_device[0], 200, 10, -math.inf, start=on_device[1]),
                             lambda: judge.fit(x.numpy()))  # fmt: skip
     print(f"\nten steps of a mixture of 200 Gaussians: {times[1] / times[0]:.1f} times faster than scikit-learn")
+    n, d, tests = 64_000, 2048, 2500
+    share = own_process("evaluation", n, d, tests) / (4 * d * (n + tests))
+    print(
+        f"\nevaluation of {n} + {tests} images with {d} features: {share:.2f} of what the features take, 4 bytes each"
+    )
     print(f"\nevaluate.py on CIFAR-10 beyond ResNet-18's forward passes: {evaluation_share():.2f} of their time")
 
 

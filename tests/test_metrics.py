@@ -79,8 +79,8 @@ def test_knn_is_scikit_learns_weighted_vote():
         expected = judge.score(queries.numpy(), labels.numpy())
         assert common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature) == pytest.approx(expected)
     assert common.knn_accuracy(bank, bank_labels, bank, bank_labels, k=1) == 1
-    bank, bank_labels = torch.randn(70_000, 8, generator=rng), torch.randint(5, (70_000,), generator=rng)
-    judge.fit(bank.numpy(), bank_labels.numpy())  # a bank that is walked over in two blocks
+    bank, bank_labels = torch.randn(40_000, 8, generator=rng), torch.randint(5, (40_000,), generator=rng)
+    judge.fit(bank.numpy(), bank_labels.numpy())  # a bank that is walked over in blocks
     expected = judge.score(queries.numpy(), labels.numpy())
     assert common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature) == pytest.approx(expected)
     assert 0 <= common.knn_accuracy(bank[:3], bank_labels[:3], queries, labels) <= 1  # fewer images than neighbours
