@@ -7,10 +7,10 @@ h is the backbone's output for a view. W (f, c) holds the codes, which are rando
 (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images.
 If z equals a code, its score in Wᵀz is f, others are near 0, and tau makes its p 1 - eps (c - 1), about 1.
 
-What prevents collapse: the prior. It is 0 if all codes are used equally, and log c if all images use one. z that fill
-few dimensions cannot use all codes, because few random codes lie near them. `--beta 10` lets a few codes win.
-What to expect: p starts soft, with a loss near beta log c, and stays so at beta = 0.05. Invariance would be 0 if each
-image had its own code, but the prior then log(c / n). To see it learn, watch kNN and effective_rank, not the loss.
+What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
+all cannot do that: its norm is fixed, and some codes lie nearer. Nor can z in few dimensions: few codes lie near those.
+At `--beta 10` few codes remain. What to expect: p starts soft, with a loss near beta log c, and stays so at beta 0.05.
+Sharp p have invariance 0, but n images on a code each a prior of log(c / n). Watch kNN and effective_rank, not the loss.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).
@@ -33,7 +33,7 @@ SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} fo
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # f: Table 7
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # f, c, beta: Table 7
     parser.add_argument("--c", type=common.integer(2, 2**26), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
