@@ -10,7 +10,7 @@ If z equals a code, its score in Wᵀz is f, others are near 0, and tau makes it
 What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
 all cannot do that: its norm is fixed, and some codes lie nearer. Nor can z in few dimensions: few codes lie near those.
 At `--beta 10` few codes remain. What to expect: p starts soft, with a loss near beta log c, and stays so at beta 0.05.
-Sharp p have invariance 0, but n images on a code each a prior of log(c / n). Watch kNN and effective_rank, not the loss.
+Sharp p have invariance 0, but n images on a code each prior log(c / n). Watch kNN and effective_rank, not the loss.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).
