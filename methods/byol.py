@@ -53,7 +53,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False), nn.BatchNorm1d(256) if args.last_layer == "batchnorm" else nn.Identity(),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of all above: backbone and head; without gradient
+        self.teacher = common.frozen_copy(self)  # of all above; no gradient; batch norms use the batch, too
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()

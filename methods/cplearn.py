@@ -5,12 +5,12 @@
 
 h is the backbone's output for a view. W (f, c) holds the codes, which are random signs and never trained. p1_i and p2_i
 (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images.
-If z equals a code, its score in Wᵀz is f, others are near 0, and tau makes its p 1 - eps (c - 1), about 1.
+If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1).
 
 What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
-all cannot do that: its norm is fixed, and some codes lie nearer. Nor can z in few dimensions: few codes lie near those.
-At `--beta 10` few codes remain. What to expect: p starts soft, with a loss near beta log c, and stays so at beta 0.05.
-Sharp p have invariance 0, but n images on a code each prior log(c / n). Watch kNN and effective_rank, not the loss.
+all cannot do that: its norm is fixed, and some codes lie nearer. If z fill few dimensions, only codes near these win.
+At `--beta 10` invariance outweighs it. What to expect: p starts soft, with a loss near beta log c. At 0.05 the loss stays
+there while features learn: sharp p have invariance 0 but, with n images on n codes, a prior of log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).
@@ -92,7 +92,7 @@ class Model(nn.Module):
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)  # tau: d is f above, and eps 1e-8
-        # "tanh-unscaled" is the authors' code, whose tanh lacks the paper's 1/sqrt(n).
+        # The paper divides z and tau by sqrt(n). "tanh-unscaled", the authors' code, divides tau alone.
         self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 

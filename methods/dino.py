@@ -60,7 +60,7 @@ class Model(nn.Module):
         )  # fmt: skip
         self.temperature = 0.1  # the student's, as in loss_fn, for the metrics
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of all above: backbone, head, prototypes; without gradient
+        self.teacher = common.frozen_copy(self)  # of all above; no gradient; batch norms use the batch, too
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):

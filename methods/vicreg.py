@@ -1,7 +1,7 @@
 """VICReg: make two views agree, keep the variance of every dimension up, and decorrelate the dimensions.
 
     loss = 25 mean_ij (Z1_ij - Z2_ij)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                                 (Eq. 6)
-    v(Z) = mean_j max(0, 1 - sqrt(Var(Z)_j + 0.0001)),  c(Z) = Σ_{i≠j} Cov(Z)_ij² / d
+    v(Z) = mean_j max(0, 1 - sqrt(Var(Z)_j + 0.0001)),  c(Z) = Σ_{j≠k} Cov(Z)_jk² / d
 
 Z1 and Z2 (n, d) are the embeddings of two views of n images. Var and Cov are over the batch, with n - 1. The three
 terms are called `invariance`, `variance` and `covariance`.
@@ -45,7 +45,7 @@ def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
     """Eq. 6 of two views' embeddings (n, d), float32: scalars `loss`, `invariance`, `variance` and `covariance`."""
     n, d = z1.shape
     invariance = (z1 - z2).square().mean()
-    cov1, cov2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1) for z in (z1, z2))  # (d, d)
+    cov1, cov2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1) for z in (z1, z2))  # (d, d), variances on the diagonal
     v1, v2 = ((1 - (cov.diagonal() + 1e-4).sqrt()).relu().mean() for cov in (cov1, cov2))
     variance = v1 + v2 if sum_variance else (v1 + v2) / 2
     covariance = sum((cov.square().sum() - cov.diagonal().square().sum()) / d for cov in (cov1, cov2))
