@@ -9,8 +9,8 @@ If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau mak
 
 What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
 all cannot do that: its norm is fixed, and some codes lie nearer. If z fill few dimensions, only codes near these win.
-At `--beta 10` invariance outweighs it. What to expect: p starts soft, with a loss near beta log c. At 0.05 the loss stays
-there while features learn: sharp p have invariance 0 but, with n images on n codes, a prior of log(c / n).
+`--beta 10` lets invariance win. What to expect: p starts soft, with a loss near beta log c. At beta 0.05 it stays there
+while features learn: sharp p have invariance 0 but, with n images on n codes, a prior of log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).

@@ -39,13 +39,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (of q1, p2), `loss21`. `earlier` (m, k), of a queue, or m = 0."""
+    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (of q1, p2), `loss21`. `earlier`: (m, k), of a queue, or (0, k)."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]
+        q = log_q.softmax(1)[: len(s)]  # exp, where rows have sum 1 already
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
