@@ -1,7 +1,7 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
-    loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                       (Eq. 2)
-    q = Sinkhorn(s): from exp(s / epsilon), three times: divide columns by their sums, then rows by theirs       (Eq. 3)
+    loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
+    q = Sinkhorn(s): from exp(s / epsilon), three times: divide columns by their sums, then rows by theirs       (Eq. 5)
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
@@ -39,7 +39,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eq. 2 of cosines s (n, k): `loss`, `loss12` (of q1, p2), `loss21`. `earlier`: (m, k), of a queue, or (0, k)."""
+    """Eqs. 1, 2 of cosines s (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier`: (m, k), of a queue, or (0, k)."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
