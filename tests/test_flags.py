@@ -12,7 +12,7 @@ import evaluate
 # For each method's own flags: values that change the run, and values that are refused, with words of the refusal.
 CHANGES = {
     "barlow_twins": ["--lambda-offdiag 0", "--lambda-offdiag 1"],
-    "byol": ["--momentum 0", "--momentum 1", "--no-predictor"],
+    "byol": ["--momentum 0", "--momentum 1", "--no-predictor", "--last-layer batchnorm"],
     "center_vector": ["--center-weight 0", "--center-weight 3", "--penalty norm"],
     "cplearn": ["--c 2", "--c 32", "--beta 0", "--beta 2", "--activation tanh", "--activation tanh-unscaled",
                 "--prior cross-entropy", "--codes hadamard --c 16", "--no-batchnorm"],
@@ -29,7 +29,7 @@ CHANGES = {
 }  # fmt: skip
 REFUSED = {
     "barlow_twins": ["--lambda-offdiag -1"],
-    "byol": ["--momentum -0.1", "--momentum 1.1", "--no-predictor=1"],
+    "byol": ["--momentum -0.1", "--momentum 1.1", "--no-predictor=1", "--last-layer norm"],
     "center_vector": ["--center-weight -1", "--penalty none"],
     "cplearn": [
         "--c 1",
