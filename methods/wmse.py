@@ -42,16 +42,16 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
     """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
     n, white = min(len(z1), part_size), []
     for z in (z1, z2):
-        w = z if z.device.type == "mps" else z.double()  # float32 can fail, but mps has nothing better
+        w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no better
         w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
         w = w if whitening == "none" else w - w.mean(1, keepdim=True)
         if whitening == "batchnorm":
             w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
         if whitening == "cholesky":
             cov = w.mT @ w / (n - 1)  # (parts, d, d)
-            # A little less variance, so that a covariance which only rounding keeps from being singular fails, too.
+            # Minus, not plus: a covariance that is singular but for rounding shall fail, not pass.
             lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: the loss is NaN, which ends the run
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: failed; NaN ends the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
