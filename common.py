@@ -212,8 +212,8 @@ def decode_images(root, split, files, size):
             os.replace(part, cache)
         finally:
             part.unlink(missing_ok=True)
-        for old in set(cache.parent.glob(f"{split}-*.npy")) - {cache}:
-            old.unlink()
+    for old in set(cache.parent.glob(f"{split}-*.npy")) - {cache}:
+        old.unlink()
 
 
 def draw_toy(name, n, seed):
@@ -854,7 +854,7 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = True  # for the losses' products; convolutions have it anyway
+        torch.set_float32_matmul_precision("high")  # TF32 for the losses' products, as for convolutions
     args.precision = args.precision or ("bf16" if has_bf16(device) else "fp32")
     if not torch.amp.is_autocast_available(device.type):
         fail(f"torch {torch.__version__} is too old for --device {device.type}: use --device cpu or a newer torch")
