@@ -1,5 +1,6 @@
 """--compile gives the steps of the plain network, in one graph, and compiles nothing again after its first steps."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def test_one_graph_and_no_recompilation(method, run, monkeypatch):
     torch._dynamo.utils.counters.clear()
     assert losses(run, method, "compiled", "--compile") == pytest.approx(plain, rel=1e-6)
     assert set(graphs) == {2 if method in ("byol", "dino") else 1}  # the network's and the teacher's
+
+
+@pytest.mark.parametrize("backbone, width", [("resnet8", 8), ("resnet18", 16), ("resnet50", 16), ("vit_small", 64)])
+def test_every_backbone_is_one_graph(backbone, width):
+    torch._dynamo.reset()
+    args = argparse.Namespace(backbone=backbone, width=width, dataset="cifar10", image_size=32)
+    net, x = common.build_backbone(args).eval(), torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    net.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_compiled_code_of_two_processes_takes_the_same_steps(run, long):

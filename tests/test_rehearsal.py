@@ -45,20 +45,26 @@ class NeverWait(TorchDispatchMode):
 
 SMALL = ["--width", "16", "--projector-dim", "32", "--batch-size", "32"]
 FLAGS = {"cplearn": ["--c", "64"], "wmse": ["--embedding-dim", "8", "--part-size", "16"], "swav": ["--queue", "64"]}
-OTHERS = ("resnet8", "resnet50 --image-size 96", "vit_small --width 64", "mlp --dataset moons", "resnet18 --c 1048576",
-          "resnet18 --augment weak", "resnet18 --optimizer lars --lr 1")  # fmt: skip
+BACKBONES = ("resnet8", "resnet18", "resnet50 --image-size 96", "vit_small --width 64", "mlp --dataset moons")
+OTHERS = ("--c 1048576", "--augment weak", "--optimizer lars --lr 1", "--image-size 96")
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits(method, device):
-    rehearse(method, *SMALL, *FLAGS.get(method, []), device=device, watch=NeverWait)
+def test_a_step_never_waits(method, backbone):
+    flags = [*SMALL, *FLAGS.get(method, []), "--backbone", *backbone.split()]
+    rehearse(method, *flags, device="cuda", watch=NeverWait)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_with_its_backward_never_waits(method):
+    rehearse(method, *SMALL, *FLAGS.get(method, []), device="cpu", watch=NeverWait)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("flags", OTHERS)
 def test_a_step_of_another_kind_never_waits(flags, device):
-    rehearse("cplearn", *SMALL, "--c", "64", "--backbone", *flags.split(), device=device, watch=NeverWait)
+    rehearse("cplearn", *SMALL, "--c", "64", *flags.split(), device=device, watch=NeverWait)
 
 
 def before_loss(act):
