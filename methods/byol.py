@@ -28,7 +28,7 @@ SIZES["shapes"] |= {"momentum": 0.95, "last_layer": "batchnorm"}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's; its loss is a quarter
+    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for 1/4 of the loss
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--last-layer", choices=["linear", "batchnorm"], default="linear", help="of the projector")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
