@@ -137,7 +137,8 @@ def training_rates(backbone, width, batch=128, steps=4, repeats=3):
 
 
 def product_peak(size=2048, repeats=5):
-    """Operations a second that this machine reaches in a float32 product of two size × size matrices."""
+    """Operations a second that this machine reaches in a float32 product of two size × size matrices. Convolutions come
+    from another library, and can be faster."""
     a, b = torch.randn(2, size, size, device=common.find_device(None))
     times = []
     for _ in range(1 + repeats):

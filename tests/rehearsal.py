@@ -84,6 +84,7 @@ def rehearse(script, *flags, device="cuda", watch, change=lambda module: None, a
         replace(common.Run, "end_step", count)
         replace(common.Run, "finish", lambda run: run.bar.close())
         replace(common.Run, "save", lambda _: None)
+        replace(common.tqdm, "write", lambda _: None)
         # What torch asks a GPU for, or cannot do without one; and fake tensors know one thread.
         replace(torch.cuda, "get_device_name", lambda: "none")
         replace(torch.cuda, "is_bf16_supported", lambda *_: True)
