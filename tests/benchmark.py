@@ -3,7 +3,7 @@
 `python tests/benchmark.py step` counts what a step of each method costs, and says what that would take on a GPU.
 `python tests/benchmark.py codes` shows how CPLearn's step grows with the number of codes c.
 `python tests/benchmark.py precision` shows what a network in bf16 does to each loss and its gradient.
-`python tests/benchmark.py disk` trains from a file of images larger than the memory that is left for it.
+`python tests/benchmark.py disk` reads batches from a file of images of which nothing is in memory.
 
 CPLearn's loss and gradient, in blocks of codes against the plain formula with n × c matrices; one batch of augmented
 views against torchvision's transforms image by image; expectation maximisation against scikit-learn's; and evaluation
@@ -124,16 +124,14 @@ def evaluation_peak(n, d, tests):
     labels, test_labels = torch.arange(n) % 100, torch.arange(tests) % 100
     data = common.Data(images, labels, test_images, test_labels, [str(i) for i in range(100)], half, half, 8)
 
-    def run(images, test_images):
-        train = common.extract(model, images, data, embeddings=False)
-        test = common.extract(model, test_images, data)
-        evaluate.linear_probe(
-            train["features"], labels[: len(images)], test["features"], test_labels[: len(test_images)], 1
-        )
-        common.knn_accuracy(train["features"], labels[: len(images)], test["features"], test_labels[: len(test_images)])
+    def run(n, tests):
+        train = common.extract(model, images[:n], data, embeddings=False)["features"]
+        test = common.extract(model, test_images[:tests], data)["features"]
+        evaluate.linear_probe(train, labels[:n], test, test_labels[:tests], 1)
+        common.knn_accuracy(train, labels[:n], test, test_labels[:tests])
 
-    run(images[:2000], test_images[:2000])
-    return peak_of(lambda: run(images, test_images))
+    run(2000, 2000)
+    return peak_of(lambda: run(n, tests))
 
 
 def own_process(name, n, f, c):

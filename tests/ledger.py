@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):
         self.clear()
 
     def clear(self):
-        self.flops, self.bytes, self.kernels, self.seconds = Counter(), 0, 0, Counter()
+        self.flops, self.bytes, self.kernels, self.seconds = 0, 0, 0, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -53,12 +53,11 @@ class Ledger(TorchDispatchMode):
         moved = sum(x.numel() * x.element_size() for x in inputs + outputs)
         count = flop_registry.get(function.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        dtype = (inputs + outputs)[0].dtype
-        self.flops[dtype] += flops
+        self.flops += flops
         self.bytes += moved
         self.kernels += 1
         for gpu, (peaks, bandwidth) in GPUS.items():
-            self.seconds[gpu] += max(moved / bandwidth, flops / peaks[dtype] if flops else 0)
+            self.seconds[gpu] += max(moved / bandwidth, flops / peaks[(inputs + outputs)[0].dtype] if flops else 0)
         return out
 
 
@@ -85,6 +84,13 @@ def default_batch_size(method):
 
 def projection(ledger, gpu):
     return max(ledger.seconds[gpu], ledger.kernels * LAUNCH)
+
+
+# What grows, and what a step then takes: method, and flags that are compared with its default settings.
+GROWTH = {
+    "barlow_twins": ("--batch-size 1024", "--projector-dim 8192", "--image-size 64", "--backbone resnet50"),
+    "cplearn": ("--c 1048576",),
+}
 
 
 class Plain(Dataset):
@@ -159,7 +165,7 @@ def report():
     print()
     for method in METHODS:
         batch, ledger = default_batch_size(method), count_step(method)
-        flops = sum(ledger.flops.values())
+        flops = ledger.flops
         print(f"{method:<14}{batch:>6}{flops / 1e9:>8.0f}{ledger.bytes / 1e9:>6.1f}{ledger.kernels:>9}", end="")
         for gpu, (peaks, _) in GPUS.items():
             seconds = projection(ledger, gpu)
@@ -168,6 +174,11 @@ def report():
             print(f"  {1e3 * seconds:>8.1f}{share:>7.0%}{minutes:>8.0f}{5 * minutes:>9.0f}", end="")
         print()
 
+    print("\nProjected time of a step on an H100 over that with the default settings:")
+    for method, changes in GROWTH.items():
+        usual = projection(count_step(method), "H100")
+        for flags in changes:
+            print(f"  {method} {flags}: {projection(count_step(method, *flags.split()), 'H100') / usual:.1f}")
     print(
         f"\nThis machine, {common.find_device(None)}, {torch.get_num_threads()} threads, Barlow Twins, 32 × 32 pixels:"
     )
@@ -175,7 +186,7 @@ def report():
     for backbone, width in (("resnet18", 16), ("resnet8", 32)):
         ours, plain, network = training_rates(backbone, width)
         flags = ["--backbone", backbone, "--width", str(width), "--batch-size", "128", "--projector-dim", "256"]
-        flops = sum(count_step("barlow_twins", *flags, "--precision", "fp32").flops.values()) / 128
+        flops = count_step("barlow_twins", *flags, "--precision", "fp32").flops / 128
         with_data, without = flops * ours / peak, flops * network / peak
         print(f"  {backbone}, width {width}: {with_data:.0%} of the rate of float32 products, without data", end="")
         print(f" {without:.0%}; {ours / plain:.1f} times as fast as the plain loop")

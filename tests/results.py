@@ -20,10 +20,6 @@ def add(folder):
         header, *epochs = [json.loads(line) for line in file]
     command = [sys.executable, str(ROOT / "evaluate.py"), folder, "--init", "--json"]
     untrained, trained = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    store(Path(folder).name, header, epochs, untrained, trained)
-
-
-def store(name, header, epochs, untrained, trained):
     flags = [f"methods/{header['args']['method']}.py"]
     skip = False
     for word in header["argv"][1:]:
@@ -38,7 +34,7 @@ def store(name, header, epochs, untrained, trained):
         if key in epochs[-1]:
             record["trained"][key] = float(f"{epochs[-1][key]:.4g}")
     STORE.mkdir(exist_ok=True)
-    (STORE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (STORE / f"{Path(folder).name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load():
@@ -94,7 +90,7 @@ def ablations(runs):
                    f"{its['rank']:.1f} of {its['dimensions']} | {its['center_norm']:.2f} |")  # fmt: skip
 
 
-CIFAR = "--dataset folder --data-dir cifar --image-size 16 --width 16 --epochs 20 --projector-dim 512".split("--")[1:]
+CIFAR = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "epochs 20", "projector-dim 512"}
 
 
 def cifar(runs):
@@ -111,9 +107,7 @@ def cifar(runs):
             shown = before if table == "cifar" else []
             figures += [f"{mean(shown, 'trained', figure):.3f}" if shown else "" for figure in ("linear", "knn")]
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
-            own = "".join(
-                f" --{flag}" for flag in flags if flag not in {c.strip() for c in CIFAR} and "seed" not in flag
-            )
+            own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
             yield f"| `{method}{own}` | {' | '.join(figures)} |"
 
 

@@ -14,7 +14,6 @@ import common
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.masked_select.default,
          aten.equal.default, aten._unique2.default, aten.bincount.default, aten.allclose.default}  # fmt: skip
-COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
 class NeverWait(TorchDispatchMode):
