@@ -1,0 +1,114 @@
+"""Self-Classifier: both views of an image get the same class, and all classes are equally likely.
+
+    loss = mean over both directions of -mean_i Σ_y t_iy log p_iy
+    t = softmax over the batch of s / 0.05, each row then divided by its sum        (of one view: the target)
+    p = (n / k) softmax over classes of s / 0.1, each column divided by its sum     (of the other: the prediction)
+
+s (n, k) are the scores of n images' embeddings of one view for k classes, which are learned. Both divisions are Bayes'
+rule with equal priors of all classes: t_i is p(y | x_i) from p(x_i | y), the share of image i in class y. Gradients flow
+through both t and p. There are several classifiers, of k, 2k, 4k, ... classes, and the loss is their mean.
+
+What prevents collapse: if all images are in one class, the softmax over the batch makes t uniform over images and
+classes, and the loss is log k. `--no-column-softmax` takes t and p as softmax over classes alone.
+
+"Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
+Departs from the paper: Adam instead of LARS, two views instead of eight, no queue of nearest neighbours.
+Run: python methods/self_classifier.py
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64, "classifiers": 2}}
+
+
+def add_flags(parser):
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.add_argument("--classes", type=common.integer(2), default=1000, help="k, of the smallest classifier")
+    parser.add_argument("--classifiers", type=common.integer(1, 8), default=4, help="each has twice as many classes")
+    parser.add_argument("--no-column-softmax", action="store_true", help="softmax over classes alone; collapses")
+
+
+# --- the method
+
+
+def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_temperature=0.05):
+    """The loss of two views' scores (n, sum of `sizes`), float32, as scalars `loss`, `loss12` (t1, p2) and `loss21`."""
+    losses = []
+    for target, prediction in ((s1, s2), (s2, s1)):
+        parts = []
+        for t, p in zip((target / column_temperature).split(sizes, 1), (prediction / row_temperature).split(sizes, 1)):
+            n, k = t.shape
+            log_t, log_p = t.log_softmax(0 if column_softmax else 1).log_softmax(1), p.log_softmax(1)
+            if column_softmax:
+                log_p = log_p.log_softmax(0) + math.log(n / k)
+            parts.append(-(log_t.exp() * log_p).sum(1).mean())
+        losses.append(sum(parts) / len(parts))
+    return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.backbone = common.build_backbone(args)
+        d = args.projector_dim
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.LeakyReLU(),
+            nn.Linear(d, 128),
+        )  # fmt: skip
+        self.temperature = 0.1  # of p, as in loss_fn, for the metrics
+        self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
+        self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
+        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+    def all_scores(self, z):
+        z, weight = nn.functional.normalize(z.float(), dim=1), nn.functional.normalize(self.classes.weight, dim=1)
+        return z @ weight.T * self.gain
+
+    def scores(self, z):
+        return self.all_scores(z)[:, : self.sizes[0]]  # for the metrics
+
+
+# --- training
+
+
+def main():
+    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
+    device = common.start(args)
+    model = common.to_device(Model(args), device, compile=args.compile)
+    data = common.load_data(args, device)
+    optimizer = common.build_optimizer(model, args)
+    run = common.open_run(args, model, optimizer, data)
+
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))  # float32; all processes' rows, if several
+            terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            optimizer.step()
+            run.step += 1
+            run.end_step(terms)
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

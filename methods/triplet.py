@@ -1,0 +1,101 @@
+"""Triplet: an image's other view must be closer than any other image, by a margin.
+
+    loss = mean_{a,n} ½ max(0, ||z_a - z_p||² - ||z_a - z_n||² + margin)                                        (Eq. 5)
+         = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
+
+z are the embeddings of two views of each image of a batch, scaled to length 1. Each is the anchor z_a in turn. z_p is
+the other view of its image, the positive. z_n is each view of each other image, a negative. The means of ⟨z_a, z_p⟩ and
+⟨z_a, z_n⟩ are called `positive` and `negative`. From margin 4 on the maximum is never 0, and the gradient is that of an
+infinite margin, which is mean_{a,n} [⟨z_a, z_n⟩ - ⟨z_a, z_p⟩] (Eq. 6).
+
+What prevents collapse: the negatives, which push an anchor away from other images. `--negatives none` removes them. At
+`--negatives hardest` each anchor has only its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
+
+"The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
+Departs from the paper: it names no settings for images, so these are ours.
+Run: python methods/triplet.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+SIZES = {}
+
+
+def add_flags(parser):
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.add_argument("--margin", type=common.number(0), default=1.0, help="between 0 and 4, which is like infinity")
+    parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="of each anchor")
+
+
+# --- the method
+
+
+def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
+    """Eq. 5 of two views' embeddings (n, d), float32: scalars `loss`, `positive` and `negative`."""
+    n, z = len(z1), nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+    similarity = z @ z.T  # (2n, 2n), a row for each anchor
+    positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
+    own = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)  # where anchor and column are of one image
+    negative = torch.zeros_like(similarity) if negatives == "none" else similarity
+    if negatives == "hardest":
+        negative = similarity.masked_fill(own, -torch.inf).amax(1, keepdim=True).expand_as(similarity)
+    hinge = (negative - positive + margin / 2).relu()
+    loss, negative = (x.masked_fill(own, 0).sum() / (4 * n * (n - 1)) for x in (hinge, negative))
+    return {"loss": loss, "positive": positive.mean(), "negative": negative}
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.backbone = common.build_backbone(args)
+        d = args.projector_dim
+        self.head = nn.Sequential(
+            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+# --- training
+
+
+def main():
+    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
+    device = common.start(args)
+    model = common.to_device(Model(args), device, compile=args.compile)
+    data = common.load_data(args, device)
+    optimizer = common.build_optimizer(model, args)
+    run = common.open_run(args, model, optimizer, data)
+
+    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            terms = loss_fn(z1, z2, margin=args.margin, negatives=args.negatives)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            optimizer.step()
+            run.step += 1
+            run.end_step(terms)
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
