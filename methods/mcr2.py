@@ -4,11 +4,10 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates, the bits (here nats) that the embeddings take at a precision of epsilon: of the whole batch, and of
-each image's views if coded apart. The loss is minus the rate reduction, with each image as a class of its own.
+are coding rates, the nats that an embedding takes at a precision of epsilon: in the whole batch, and among the views of
+its image. The loss is minus the rate reduction, where each image is a class of its own.
 
-What prevents collapse: `expansion`, which is largest if the covariance has no preferred direction. `--expansion-weight 0`
-removes it.
+What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
 "Learning Diverse and Discriminative Representations via the Principle of Maximal Coding Rate Reduction", Yu et al.,
 NeurIPS 2020.
@@ -32,7 +31,9 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--epsilon", type=common.number(0.001), default=0.7, help="precision; the paper's epsilon² is 0.5")
+    parser.add_argument(
+        "--epsilon", type=common.number(0.001), default=0.7, help="precision; the paper has epsilon² 0.5"
+    )
     parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="0: collapse")
 
 
@@ -41,14 +42,14 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, epsilon=0.7, expansion_weight=1.0):
     """Minus the rate reduction of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
-    z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
-    z, d = torch.cat([z1, z2]), z1.shape[1]
-    gram = z.T @ z if d < len(z) else z @ z.T  # the smaller one, as both give the same determinant
-    identity = torch.eye(len(gram), dtype=z.dtype, device=z.device)
-    lower = torch.linalg.cholesky_ex(identity + d / (len(z) * epsilon**2) * gram)[0]
-    expansion = lower.diagonal().log().sum()  # half of logdet, which is twice this sum
-    cosine, a = (z1 * z2).sum(1), d / (2 * epsilon**2)
-    compression = (torch.log1p(a * (1 - cosine)) + torch.log1p(a * (1 + cosine))).mean() / 2  # det = (1+a)² - (a cos)²
+    w1, w2 = (nn.functional.normalize(z if z.device.type == "mps" else z.double(), dim=1) for z in (z1, z2))
+    w, d = torch.cat([w1, w2]), z1.shape[1]
+    gram = w.T @ w if d < len(w) else w @ w.T  # the smaller one: both give the same determinant
+    identity = torch.eye(len(gram), dtype=w.dtype, device=w.device)
+    lower = torch.linalg.cholesky_ex(identity + d / (len(w) * epsilon**2) * gram)[0]
+    expansion = lower.diagonal().log().sum().to(z1)  # half of logdet, which is twice this sum
+    gap, a = (w1 - w2).square().sum(1) / 2, d / (2 * epsilon**2)  # gap: 1 - cosine
+    compression = ((1 + a * gap).log() + (1 + a * (2 - gap)).log()).mean().to(z1) / 2
     loss = compression - expansion_weight * expansion
     return {"loss": loss, "expansion": expansion, "compression": compression}
 

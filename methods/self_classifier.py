@@ -4,9 +4,9 @@
     t = softmax over the batch of s / 0.05, each row then divided by its sum        (of one view: the target)
     p = (n / k) softmax over classes of s / 0.1, each column divided by its sum     (of the other: the prediction)
 
-s (n, k) are the scores of n images' embeddings of one view for k classes, which are learned. Both divisions are Bayes'
-rule with equal priors of all classes: t_i is p(y | x_i) from p(x_i | y), the share of image i in class y. Gradients flow
-through both t and p. There are several classifiers, of k, 2k, 4k, ... classes, and the loss is their mean.
+s (n, k) are one view's scores of n images for k learned classes. The divisions are Bayes' rule with equal priors of all
+classes: t_i is p(y | x_i), made from p(x_i | y), the share of image i in class y. Gradients flow through t and p. There
+are several classifiers, of k, 2k, 4k, ... classes, and the loss is their mean.
 
 What prevents collapse: if all images are in one class, the softmax over the batch makes t uniform over images and
 classes, and the loss is log k. `--no-column-softmax` takes t and p as softmax over classes alone.
@@ -28,7 +28,7 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64, "classifiers": 2}}
+SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64}}
 
 
 def add_flags(parser):
@@ -46,7 +46,11 @@ def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_t
     losses = []
     for target, prediction in ((s1, s2), (s2, s1)):
         parts = []
-        for t, p in zip((target / column_temperature).split(sizes, 1), (prediction / row_temperature).split(sizes, 1)):
+        targets, predictions = (
+            (target / column_temperature).split(sizes, 1),
+            (prediction / row_temperature).split(sizes, 1),
+        )
+        for t, p in zip(targets, predictions, strict=True):
             n, k = t.shape
             log_t, log_p = t.log_softmax(0 if column_softmax else 1).log_softmax(1), p.log_softmax(1)
             if column_softmax:
@@ -98,7 +102,7 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))  # float32; all processes' rows, if several
+            s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))  # float32; of all processes, if several
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
             optimizer.zero_grad()
             terms["loss"].backward()

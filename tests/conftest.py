@@ -23,9 +23,12 @@ OWN = {
     "center_vector": [],
     "cplearn": ["--c", "64"],
     "dino": ["--prototypes", "32"],
+    "mcr2": [],
+    "self_classifier": ["--classes", "16", "--classifiers", "2"],
     "simclr": [],
     "simsiam": [],
     "swav": ["--prototypes", "32", "--queue", "256"],
+    "triplet": [],
     "vicreg": [],
     "wmse": ["--embedding-dim", "8", "--part-size", "32"],
 }

@@ -233,6 +233,27 @@ IMAGES = ["--dataset", "shapes", "--image-size", "16", "--backbone", "resnet8", 
           "--projector-dim", "64", "--batch-size", "250", "--epochs", "5", "--eval-every", "100"]  # fmt: skip
 
 
+def test_triplet_needs_negatives(train):
+    alive = train("triplet", batch_norm="none")
+    dead = train("triplet", "--negatives", "none", batch_norm="none")
+    assert alive["center_norm"] < 0.5 and dead["center_norm"] > 0.99
+    assert not alive["named"] and dead["named"] == {"representation"}
+
+
+def test_mcr2_needs_its_expansion(train):
+    alive = train("mcr2", batch_norm="none")
+    dead = train("mcr2", "--expansion-weight", "0", batch_norm="none")
+    assert alive["center_norm"] < 0.4 and alive["effective_rank"] > 5 and not alive["named"]
+    assert dead["center_norm"] > 0.98 and dead["named"] == {"representation"}
+
+
+def test_self_classifier_needs_its_column_softmax(train):
+    alive = train("self_classifier")
+    dead = train("self_classifier", "--no-column-softmax")
+    assert alive["used_codes"] > 4 and not alive["named"]
+    assert dead["used_codes"] < 2 and "cluster" in dead["named"]
+
+
 @pytest.mark.parametrize(
     "method, flags, taken_away, named",
     [

@@ -35,6 +35,9 @@ CALLS = {
     "swav": lambda m, z1, z2: m.loss_fn(*common.gather(z1.tanh(), z2.tanh()), *torch.ones(2, 4, 8).to(z1)),
     "vicreg": lambda m, z1, z2: m.loss_fn(*common.gather(z1 / 3, z2 / 3)),
     "wmse": lambda m, z1, z2: m.loss_fn(*common.gather(z1[:, :2], z2[:, :2]), part_size=6),
+    "triplet": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2), margin=0.4),
+    "mcr2": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2), epsilon=0.4),
+    "self_classifier": lambda m, z1, z2: m.loss_fn(*common.gather(z1.tanh(), z2.tanh()), [3, 5]),
     "center_vector": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
 }
 

@@ -81,6 +81,9 @@ UNBOUNDED = {
     "barlow_twins": pair("barlow_twins"),
     "center_vector": pair("center_vector"),
     "center_vector norm": pair("center_vector", penalty="norm"),
+    "mcr2": pair("mcr2"),
+    "mcr2 0.1": pair("mcr2", epsilon=0.1),
+    "triplet": pair("triplet"),
     "simclr": pair("simclr"),
     "simclr 0.05": pair("simclr", temperature=0.05),
     "simclr 0.001": pair("simclr", temperature=0.001),
@@ -95,6 +98,7 @@ UNBOUNDED = {
 }
 # Losses of cosines in [-1, 1], and of embeddings of norm sqrt(f), as their scripts make them.
 COSINES = {
+    "self_classifier": lambda m, s1, s2: m["self_classifier"].loss_fn(s1, s2, [s1.shape[1]]),
     "swav": swav(),
     "swav queue": swav(earlier=2),
     "swav softmax": swav(iterations=0),

@@ -40,9 +40,12 @@ def loss_calls(z1, z2):
         "center_vector": ((z1, z2), {"penalty": "norm"}),
         "cplearn": ((z1, z2, codes), {"tau": 0.5, "prior": "cross-entropy"}),
         "dino": ((z1, z2, x1, x2, z1[0].detach()), {"teacher_temperature": 0.1}),
+        "mcr2": ((z1, z2), {"epsilon": 0.3}),
+        "self_classifier": ((z1, z2, [3, 5]), {"column_softmax": False}),
         "simclr": ((z1, z2), {"temperature": 0.3}),
         "simsiam": ((z1, z2, x1, x2), {"stop_gradient": False}),
         "swav": ((z1, z2, x1[:4], x2[:4]), {"iterations": 2}),
+        "triplet": ((z1, z2), {"margin": 0.2, "negatives": "hardest"}),
         "vicreg": ((z1 / 3, z2 / 3), {"sum_variance": True}),
         "wmse": ((z1[:, :2], z2[:, :2]), {"part_size": 6}),
     }
@@ -706,3 +709,138 @@ def test_center_vector_at_weight_1_is_the_covariance_between_views(methods):
     covariance = np.cov(u1.numpy(), u2.numpy(), rowvar=False, bias=True)[:6, 6:]
     expected = -np.trace(covariance) / 2 + (u1.mean(0) - u2.mean(0)).square().sum().item() / 8
     assert methods["center_vector"].loss_fn(z1, z2)["loss"].item() == pytest.approx(expected)
+
+
+# --- Triplet
+
+
+def slow_triplet(z1, z2, margin, negatives):
+    """Eq. 5 anchor by anchor, negative by negative, with squared distances."""
+    z, n = [row / row.norm() for row in (*z1, *z2)], len(z1)
+    total, count = 0, 0
+    for a in range(2 * n):
+        others = [k for k in range(2 * n) if k % n != a % n]
+        if negatives == "hardest":
+            others = [min(others, key=lambda k: (z[a] - z[k]).square().sum().item())]
+        for k in others:
+            near, far = (z[a] - z[(a + n) % (2 * n)]).square().sum(), (z[a] - z[k]).square().sum()
+            far = 2.0 if negatives == "none" else far  # as if all others stood at right angles
+            total, count = total + ((near - far + margin) / 2).clamp_min(0), count + 1
+    return total / count
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("margin", [0.0, 0.7, 4.0])
+@pytest.mark.parametrize("negatives", ["all", "hardest", "none"])
+def test_triplet_is_its_equation(methods, n, margin, negatives):
+    z1, z2 = random_views(n, 4)
+    terms = methods["triplet"].loss_fn(z1, z2, margin=margin, negatives=negatives)
+    assert_same_value_and_gradient(terms["loss"], slow_triplet(z1, z2, margin, negatives), [z1, z2])
+    cosine = torch.nn.functional.cosine_similarity(z1, z2).mean()
+    torch.testing.assert_close(terms["positive"], cosine)
+    if margin == 4:  # the maximum is never 0
+        torch.testing.assert_close(terms["loss"], terms["negative"] - cosine + 2)
+
+
+def test_triplet_of_one_point_and_of_opposite_images(methods):
+    """All embeddings equal: half the margin. Images at opposite ends: distances 0 and 4, so 0 up to margin 4."""
+    loss_fn, point = methods["triplet"].loss_fn, torch.ones(2, 3, dtype=F64)
+    assert loss_fn(point, point, margin=0.6)["loss"].item() == pytest.approx(0.3)
+    ends = torch.tensor([[1.0, 0], [-1, 0]], dtype=F64)
+    assert loss_fn(ends, 2 * ends, margin=4)["loss"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_simclr_becomes_the_hardest_triplet_as_the_temperature_falls(methods):
+    """Eqs. 11 to 13: temperature times InfoNCE tends to max(closest, positive) - positive, the hinge without margin."""
+    z1, z2 = random_views(6, 4)
+    simclr = 1e-3 * methods["simclr"].loss_fn(z1, z2, temperature=1e-3)["loss"]
+    triplet = methods["triplet"].loss_fn(z1, z2, margin=0, negatives="hardest")["loss"]
+    assert triplet > 0.1
+    torch.testing.assert_close(simclr, triplet, atol=2e-3, rtol=0)
+    gradients = [torch.cat(torch.autograd.grad(x, [z1, z2])) for x in (simclr, triplet)]
+    assert torch.nn.functional.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.999
+
+
+def test_center_vector_is_the_mean_over_all_pairs_of_the_triplet(methods):
+    """||s||² is the mean of all inner products, of which the negatives are all but those of an image with itself."""
+    z1, z2 = random_views(7, 4)
+    triplet = methods["triplet"].loss_fn(z1, z2, margin=4)
+    s2, m = methods["center_vector"].loss_fn(z1, z2)["center"], 14
+    negative = (m**2 * s2 - m - m * triplet["positive"]) / (m * (m - 2))
+    torch.testing.assert_close(triplet["negative"], negative)
+
+
+# --- MCR²
+
+
+def slow_rates(z1, z2, epsilon):
+    """Coding rates with (d, d) matrices, of the batch and image by image."""
+    z1, z2 = ([row / row.norm() for row in z] for z in (z1, z2))
+    n, d = len(z1), len(z1[0])
+    identity, z = torch.eye(d, dtype=F64), torch.stack([*z1, *z2])
+    expansion = torch.logdet(identity + d / (2 * n * epsilon**2) * z.T @ z) / 2
+    parts = [torch.stack(pair) for pair in zip(z1, z2, strict=True)]
+    rates = [torch.logdet(identity + d / (2 * epsilon**2) * part.T @ part) / 2 for part in parts]
+    return expansion, sum(rates) / n
+
+
+@pytest.mark.parametrize("n, d", [(2, 3), (6, 4), (3, 9)])
+@pytest.mark.parametrize("epsilon, weight", [(0.7, 1.0), (0.1, 1.0), (0.7, 0.0)])
+def test_mcr2_is_its_equation(methods, n, d, epsilon, weight):
+    z1, z2 = random_views(n, d)
+    terms = methods["mcr2"].loss_fn(z1, z2, epsilon=epsilon, expansion_weight=weight)
+    expansion, compression = slow_rates(z1, z2, epsilon)
+    assert_same_value_and_gradient(terms["loss"], compression - weight * expansion, [z1, z2])
+    torch.testing.assert_close(terms["expansion"], expansion)
+    torch.testing.assert_close(terms["compression"], compression)
+
+
+def test_mcr2_of_orthogonal_images(methods):
+    """n = d images at right angles, both views alike: ZᵀZ = 2 I and each image one direction, so the rates are
+    d/2 log(1 + 1/epsilon²) and ½ log(1 + d/epsilon²)."""
+    d, epsilon = 8, 0.5
+    axes = torch.linalg.qr(torch.randn(d, d, dtype=F64))[0]
+    terms = methods["mcr2"].loss_fn(3 * axes, axes, epsilon=epsilon)
+    assert terms["expansion"].item() == pytest.approx(d / 2 * math.log(1 + 1 / epsilon**2))
+    assert terms["compression"].item() == pytest.approx(math.log(1 + d / epsilon**2) / 2)
+
+
+# --- Self-Classifier
+
+
+def slow_self_classifier(target, prediction, column_softmax):
+    """One direction of one classifier by probabilities, image by image and class by class."""
+    n, k = target.shape
+    a, b = (target / 0.05).exp(), (prediction / 0.1).exp()
+    loss = 0
+    share = a / a.sum(0) if column_softmax else a  # p(x_i | y)
+    p = torch.stack([row / row.sum() for row in b])
+    if column_softmax:
+        p = n / k * p / p.sum(0)
+    for i in range(n):
+        for y in range(k):
+            loss = loss - share[i, y] / share[i].sum() * p[i, y].log() / n
+    return loss
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("column_softmax", [True, False])
+def test_self_classifier_is_its_equation(methods, n, column_softmax):
+    s1, s2 = random_views(n, 7, scale=0.3)
+    terms = methods["self_classifier"].loss_fn(s1, s2, [3, 4], column_softmax=column_softmax)
+    directions = []
+    for a, b in ((s1, s2), (s2, s1)):
+        parts = [slow_self_classifier(a[:, c], b[:, c], column_softmax) for c in (slice(0, 3), slice(3, 7))]
+        directions.append(sum(parts) / 2)
+    assert_same_value_and_gradient(terms["loss"], sum(directions) / 2, [s1, s2])
+    torch.testing.assert_close(terms["loss12"], directions[0])
+
+
+def test_self_classifier_of_one_class_costs_log_k(methods):
+    """All images in one class: log k with the column softmax, 0 without. A class each, n = k: 0 with it."""
+    loss_fn, one = methods["self_classifier"].loss_fn, torch.zeros(6, 6, dtype=F64)
+    one[:, 2] = 40
+    assert loss_fn(one, one, [6])["loss"].item() == pytest.approx(math.log(6))
+    assert loss_fn(one, one, [6], column_softmax=False)["loss"].item() == pytest.approx(0, abs=1e-9)
+    each = 40 * torch.eye(6, dtype=F64)
+    assert loss_fn(each, each, [6])["loss"].item() == pytest.approx(0, abs=1e-9)
