@@ -4,8 +4,7 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates, the nats that an embedding takes at a precision of epsilon: in the whole batch, and among the views of
-its image. The loss is minus the rate reduction, where each image is a class of its own.
+are coding rates: the nats that an embedding takes, at a precision of epsilon, in the batch and among its image's views.
 
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
@@ -31,9 +30,7 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument(
-        "--epsilon", type=common.number(0.001), default=0.7, help="precision; the paper has epsilon² 0.5"
-    )
+    parser.add_argument("--epsilon", type=common.number(0.001), default=0.7, help="precision; its square is the paper's 0.5")
     parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="0: collapse")
 
 

@@ -43,21 +43,14 @@ def add_flags(parser):
 
 def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_temperature=0.05):
     """The loss of two views' scores (n, sum of `sizes`), float32, as scalars `loss`, `loss12` (t1, p2) and `loss21`."""
-    losses = []
-    for target, prediction in ((s1, s2), (s2, s1)):
-        parts = []
-        targets, predictions = (
-            (target / column_temperature).split(sizes, 1),
-            (prediction / row_temperature).split(sizes, 1),
-        )
-        for t, p in zip(targets, predictions, strict=True):
-            n, k = t.shape
-            log_t, log_p = t.log_softmax(0 if column_softmax else 1).log_softmax(1), p.log_softmax(1)
+    losses = {"loss12": 0.0, "loss21": 0.0}
+    for name, target, prediction in (("loss12", s1, s2), ("loss21", s2, s1)):
+        for t, p in zip(target.split(sizes, 1), prediction.split(sizes, 1), strict=True):  # (n, k) of each classifier
+            log_t, log_p = t / column_temperature, (p / row_temperature).log_softmax(1)
             if column_softmax:
-                log_p = log_p.log_softmax(0) + math.log(n / k)
-            parts.append(-(log_t.exp() * log_p).sum(1).mean())
-        losses.append(sum(parts) / len(parts))
-    return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
+                log_t, log_p = log_t.log_softmax(0), log_p.log_softmax(0) + math.log(len(p) / p.shape[1])
+            losses[name] -= (log_t.softmax(1) * log_p).sum(1).mean() / len(sizes)
+    return {"loss": (losses["loss12"] + losses["loss21"]) / 2} | losses
 
 
 class Model(nn.Module):

@@ -4,12 +4,11 @@
          = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
 
 z are the embeddings of two views of each image of a batch, scaled to length 1. Each is the anchor z_a in turn. z_p is
-the other view of its image, the positive. z_n is each view of each other image, a negative. The means of ⟨z_a, z_p⟩ and
-⟨z_a, z_n⟩ are called `positive` and `negative`. From margin 4 on the maximum is never 0, and the gradient is that of an
-infinite margin, which is mean_{a,n} [⟨z_a, z_n⟩ - ⟨z_a, z_p⟩] (Eq. 6).
+the other view of its image, z_n each view of each other image. From margin 4 on the maximum is never 0: the gradient is
+that of mean ⟨z_a, z_n⟩ - mean ⟨z_a, z_p⟩, as for an infinite margin (Eq. 6).
 
-What prevents collapse: the negatives, which push an anchor away from other images. `--negatives none` removes them. At
-`--negatives hardest` each anchor has only its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
+What prevents collapse: the negatives z_n. `--negatives none` removes them. With `--negatives hardest` each anchor has
+only its closest, as in SimCLR at a temperature near 0 (Eq. 13).
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: it names no settings for images, so these are ours.
@@ -45,9 +44,9 @@ def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
     similarity = z @ z.T  # (2n, 2n), a row for each anchor
     positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
     own = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)  # where anchor and column are of one image
-    negative = torch.zeros_like(similarity) if negatives == "none" else similarity
     if negatives == "hardest":
-        negative = similarity.masked_fill(own, -torch.inf).amax(1, keepdim=True).expand_as(similarity)
+        similarity = similarity.masked_fill(own, -torch.inf).amax(1, keepdim=True).expand_as(own)
+    negative = similarity * (negatives != "none")
     hinge = (negative - positive + margin / 2).relu()
     loss, negative = (x.masked_fill(own, 0).sum() / (4 * n * (n - 1)) for x in (hinge, negative))
     return {"loss": loss, "positive": positive.mean(), "negative": negative}
