@@ -12,8 +12,7 @@ What prevents collapse: the prior, log c if all classes are used equally, else m
 is CPLearn's loss. But its codes are fixed and random, and by its Theorem 1 each z, of fixed norm, ends along one code.
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
-Departs from the paper: batch norm in backbone and head.
-Run: python methods/gedi.py
+Departs from the paper: batch norm in backbone and head. Run: python methods/gedi.py
 """
 
 import math
@@ -28,12 +27,12 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"classes": 64}} | {name: {"classes": 16} for name in common.TOYS}
+SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--classes", type=common.integer(2), default=2048, help="number c of classes")
+    parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
     parser.add_argument("--beta", type=common.number(0), default=1.0, help="weight of invariance")
     parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="0: collapse")
     parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="above 0: 20 times slower")
@@ -42,14 +41,14 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(s1, s2, density=None, sampled=None, *, beta=1.0, prior_weight=1.0, generative_weight=0.0):
-    """The loss of scores (n, c) and, if wanted, log p of images and of samples (n,), all float32, as scalars."""
+def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 1.0, 0.0)):
+    """The loss of scores (n, c) and, if weights[2] > 0, of log p of images and samples (n,), float32, and its terms."""
     n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
     log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
     prior = -log_m.mean()
-    generative = (sampled - density).mean() if generative_weight else torch.zeros_like(prior)
-    loss = prior_weight * prior + beta * invariance + generative_weight * generative
+    generative = (log_fake - log_real).mean() if weights[2] else torch.zeros_like(prior)
+    loss = weights[0] * prior + weights[1] * invariance + weights[2] * generative
     return {"loss": loss, "invariance": invariance, "prior": prior, "generative": generative}
 
 
@@ -62,11 +61,10 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
         )  # fmt: skip
-        self.classes = nn.Linear(d, args.classes)
+        self.classes = nn.Linear(d, args.c)
         self.temperature = 1.0  # for the metrics: scores are already divided by 0.1
-        toy, count = args.dataset in common.TOYS, 10000 if args.generative_weight else 0
-        self.step_size, self.noise = (0.01, 0.1) if toy else (1.0, 0.01)
-        self.register_buffer("samples", torch.randn(count, *((2,) if toy else (3, args.image_size, args.image_size))))
+        shape = (2,) if args.dataset in common.TOYS else (3, args.image_size, args.image_size)
+        self.register_buffer("samples", torch.randn(10000 if args.generative_weight else 0, *shape))
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -74,23 +72,22 @@ class Model(nn.Module):
     def scores(self, z):
         return self.classes(z).float() / 0.1
 
-    def log_density(self, x):
-        scores = self.eval().scores(self(x))  # in eval mode batch norm does not make p(x) depend on other images
-        self.train()
-        return scores.logsumexp(1)
-
-    def draw_samples(self, n, step):
-        """Langevin dynamics: 20 steps from n of the stored samples, of which one in 20 is first replaced by noise."""
-        torch.manual_seed(step)  # so that a resumed run draws the same, and several processes, too
-        chosen = torch.randperm(len(self.samples), device=self.samples.device)[:n]
+    def log_densities(self, x1, step):
+        """log p of images and of as many samples, after 20 steps from where they were; one in 20 begins as noise."""
+        log_p, n = lambda x: self.scores(self(x)).logsumexp(1), len(x1) * common.world_size()
+        self.eval()  # batch norms use running means: p(x) must not depend on the other images of a batch
+        torch.manual_seed(step)  # a resumed run draws the same
+        chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
         self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
-        x = self.samples[chosen.chunk(common.world_size())[common.rank()]]
+        x = self.samples[chosen].chunk(common.world_size())[common.rank()]
         for _ in range(20):
-            (gradient,) = torch.autograd.grad(self.log_density(x.requires_grad_()).sum(), x)
+            (gradient,) = torch.autograd.grad(log_p(x.requires_grad_()).sum(), x)
             noise = torch.randn_like(self.samples[:n]).chunk(common.world_size())[common.rank()]
-            x = (x + self.step_size * gradient + self.noise * noise).detach()
+            x = (x + 0.005 * gradient + 0.1 * noise).detach()  # 0.005: half the noise's variance
         (self.samples[chosen],) = common.gather(x)
-        return x
+        densities = log_p(x1), log_p(x)
+        self.train()
+        return densities
 
 
 # --- training
@@ -110,11 +107,9 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-                x = [x1, model.draw_samples(args.batch_size, run.step)] if args.generative_weight else []
-                densities = [model.log_density(images) for images in x]
+                densities = model.log_densities(x1, run.step) if args.generative_weight else []
             s1, s2, *densities = common.gather(model.scores(z1), model.scores(z2), *densities)  # of all processes
-            weights = {"prior_weight": args.prior_weight, "generative_weight": args.generative_weight}
-            terms = loss_fn(s1, s2, *densities, beta=args.beta, **weights)
+            terms = loss_fn(s1, s2, *densities, weights=(args.prior_weight, args.beta, args.generative_weight))
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows

@@ -30,7 +30,7 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--epsilon", type=common.number(0.001), default=0.7, help="precision; its square is the paper's 0.5")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=0.7, help="squared 0.5, as in the paper")
     parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="0: collapse")
 
 

@@ -23,6 +23,7 @@ OWN = {
     "center_vector": [],
     "cplearn": ["--c", "64"],
     "dino": ["--prototypes", "32"],
+    "gedi": ["--c", "16"],
     "mcr2": [],
     "self_classifier": ["--classes", "16", "--classifiers", "2"],
     "simclr": [],

@@ -247,6 +247,27 @@ def test_mcr2_needs_its_expansion(train):
     assert dead["center_norm"] > 0.98 and dead["named"] == {"representation"}
 
 
+def test_gedi_needs_its_prior(train):
+    alive = train("gedi")
+    dead = train("gedi", "--prior-weight", "0")
+    assert alive["used_codes"] > 6 and not alive["named"]
+    assert dead["used_codes"] < 4 and "cluster" in dead["named"]
+
+
+def test_gedi_makes_its_density_that_of_the_points(run):
+    """With the generative term samples lie as near to the points as points lie to each other, and noise does not."""
+    assert run("gedi", *TINY, "--c", "16", "--epochs", "30", "--generative-weight", "1", "--out", "r").code == 0
+    model, data = read("r")
+    points = data.normalise(data.images)
+    samples = model.samples[torch.randperm(10000)[:1000]]
+
+    def distance(x):
+        return torch.cdist(x, points).amin(1).median().item()
+
+    assert distance(samples) < 0.7 * distance(torch.randn(1000, 2))
+    assert distance(samples) < 2 * distance(data.normalise(data.test_images))
+
+
 def test_self_classifier_needs_its_column_softmax(train):
     alive = train("self_classifier")
     dead = train("self_classifier", "--no-column-softmax")

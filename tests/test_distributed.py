@@ -36,6 +36,7 @@ CALLS = {
     "vicreg": lambda m, z1, z2: m.loss_fn(*common.gather(z1 / 3, z2 / 3)),
     "wmse": lambda m, z1, z2: m.loss_fn(*common.gather(z1[:, :2], z2[:, :2]), part_size=6),
     "triplet": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2), margin=0.4),
+    "gedi": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2, z1[:, 0], z2[:, 1]), weights=(1.0, 0.3, 0.1)),
     "mcr2": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2), epsilon=0.4),
     "self_classifier": lambda m, z1, z2: m.loss_fn(*common.gather(z1.tanh(), z2.tanh()), [3, 5]),
     "center_vector": lambda m, z1, z2: m.loss_fn(*common.gather(z1, z2)),
@@ -92,7 +93,8 @@ def train(data, method, out):
         models[:] = copy.deepcopy(model), to_device(model, *args, **settings)
         return models[1]
 
-    flags = [*DATA[data], *OWN[method], "--optimizer", "sgd", "--lr", "0.001", "--out", out]
+    own = [*OWN[method], *(["--generative-weight", "0.1"] if method == "gedi" else [])]
+    flags = [*DATA[data], *own, "--optimizer", "sgd", "--lr", "0.001", "--out", out]
     # SwAV's prototypes learn from the second epoch on. Points are fast.
     flags += ["--epochs", "2" if method == "swav" or data == "points" else "1"]
     with mock.patch.object(common, "to_device", keep), mock.patch.object(sys, "argv", [method, *flags]):
@@ -164,7 +166,7 @@ def test_batch_norm(name, k, several):
 
 # What a method updates beside its parameters.
 OTHERS = {"byol": ["teacher.head.3.weight", "teacher.head.1.running_mean"], "dino": ["center", "teacher.head.3.weight"],
-          "swav": ["queue", "prototypes.weight"]}  # fmt: skip
+          "gedi": ["samples"], "swav": ["queue", "prototypes.weight"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("data, method", RUNS)

@@ -99,6 +99,10 @@ UNBOUNDED = {
 # Losses of cosines in [-1, 1], and of embeddings of norm sqrt(f), as their scripts make them.
 COSINES = {
     "self_classifier": lambda m, s1, s2: m["self_classifier"].loss_fn(s1, s2, [s1.shape[1]]),
+    "gedi": lambda m, s1, s2: m["gedi"].loss_fn(10 * s1, 10 * s2),
+    "gedi with densities": lambda m, s1, s2: m["gedi"].loss_fn(
+        10 * s1, 10 * s2, (10 * s1).logsumexp(1), (10 * s2).logsumexp(1), weights=(1.0, 0.1, 1.0)
+    ),
     "swav": swav(),
     "swav queue": swav(earlier=2),
     "swav softmax": swav(iterations=0),

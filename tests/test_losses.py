@@ -40,6 +40,7 @@ def loss_calls(z1, z2):
         "center_vector": ((z1, z2), {"penalty": "norm"}),
         "cplearn": ((z1, z2, codes), {"tau": 0.5, "prior": "cross-entropy"}),
         "dino": ((z1, z2, x1, x2, z1[0].detach()), {"teacher_temperature": 0.1}),
+        "gedi": ((z1, z2, x1[:, 0], x2[:, 0]), {"weights": (0.5, 2.0, 0.1)}),
         "mcr2": ((z1, z2), {"epsilon": 0.3}),
         "self_classifier": ((z1, z2, [3, 5]), {"column_softmax": False}),
         "simclr": ((z1, z2), {"temperature": 0.3}),
@@ -768,6 +769,65 @@ def test_center_vector_is_the_mean_over_all_pairs_of_the_triplet(methods):
     s2, m = methods["center_vector"].loss_fn(z1, z2)["center"], 14
     negative = (m**2 * s2 - m - m * triplet["positive"]) / (m * (m - 2))
     torch.testing.assert_close(triplet["negative"], negative)
+
+
+# --- GEDI
+
+
+def slow_gedi(s1, s2, weights, log_real, log_fake):
+    """By probabilities, class by class and image by image."""
+    n, c = s1.shape
+    p1, p2 = ([row.exp() / row.exp().sum() for row in s] for s in (s1, s2))
+    prior = sum(-(sum(p)[k] / n).log() / c for p in (p1, p2) for k in range(c)) / 2
+    invariance = sum(-(a @ b.log() + b @ a.log()) / 2 for a, b in zip(p1, p2, strict=True)) / n
+    generative = sum(fake - real for fake, real in zip(log_fake, log_real, strict=True)) / n
+    return weights[0] * prior + weights[1] * invariance + weights[2] * generative
+
+
+@pytest.mark.parametrize("n, c", [(2, 3), (5, 4)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.5, 2.0, 0.3), (0.0, 1.0, 0.0)])
+def test_gedi_is_its_equation(methods, n, c, weights):
+    s1, s2 = random_views(n, c, scale=3)
+    loss = methods["gedi"].loss_fn(s1, s2, s1.logsumexp(1), s2.logsumexp(1), weights=weights)["loss"]
+    assert_same_value_and_gradient(loss, slow_gedi(s1, s2, weights, s1.logsumexp(1), s2.logsumexp(1)), [s1, s2])
+
+
+def test_gedi_is_cplearn_with_its_forward_prior(methods):
+    """The loss of Eq. 2 of the CPLearn paper, of which GEDI has no fixed codes: here these are an identity."""
+    s1, s2 = random_views(5, 8)
+    ours = methods["gedi"].loss_fn(s1, s2, weights=(1.0, 0.3, 0.0))
+    cplearn = methods["cplearn"].loss_fn(s1, s2, torch.eye(8), tau=1.0, beta=0.3, prior="cross-entropy")
+    for name in ("loss", "prior", "invariance"):
+        torch.testing.assert_close(ours[name], cplearn[name])
+
+
+def test_gedi_prices(methods):
+    """Uniform p: both terms log c. A class for each image: prior log c, invariance 0. One class: the prior is high."""
+    loss_fn = methods["gedi"].loss_fn
+    uniform = loss_fn(*torch.zeros(2, 6, 6, dtype=F64))
+    assert uniform["prior"].item() == pytest.approx(math.log(6)) == uniform["invariance"].item()
+    each = 40 * torch.eye(6, dtype=F64)
+    terms = loss_fn(each, each)
+    assert terms["prior"].item() == pytest.approx(math.log(6)) and terms["invariance"].item() < 1e-12
+    one = each[:1].expand(6, 6)
+    assert loss_fn(one, one)["prior"].item() == pytest.approx(40 * 5 / 6)
+
+
+def test_gedi_samples_have_the_variance_of_langevin_dynamics(methods):
+    """Where log p(x) = -5 ||x||² + const, a Gaussian of variance 1/10, steps x - 0.05 x + 0.1 noise have, after many,
+    the variance v = 0.95² v + 0.01."""
+    model = methods["gedi"].Model(parse(methods, "gedi", *TINY, "--generative-weight", "1"))
+    model.head, model.backbone = torch.nn.Identity(), torch.nn.Identity()
+    model.scores = lambda x: -5 * x.square().sum(1, keepdim=True)
+    before = model.samples.clone()
+    _, log_fake = model.log_densities(before[:500], 0)
+    moved = (model.samples != before).any(1)
+    assert moved.sum() == 500 and model.training
+    torch.testing.assert_close(log_fake.sort()[0], model.scores(model.samples[moved])[:, 0].sort()[0])
+    for step in range(1, 100):
+        model.log_densities(before[:2000], step)
+    aged = model.samples.var().item()
+    assert aged == pytest.approx(0.01 / (1 - 0.95**2), rel=0.03)
 
 
 # --- MCR²
