@@ -834,23 +834,23 @@ def test_gedi_samples_have_the_variance_of_langevin_dynamics(methods):
 # --- MCR²
 
 
-def slow_rates(z1, z2, epsilon):
+def slow_rates(z1, z2, epsilon, gamma):
     """Coding rates with (d, d) matrices, of the batch and image by image."""
     z1, z2 = ([row / row.norm() for row in z] for z in (z1, z2))
     n, d = len(z1), len(z1[0])
     identity, z = torch.eye(d, dtype=F64), torch.stack([*z1, *z2])
-    expansion = torch.logdet(identity + d / (2 * n * epsilon**2) * z.T @ z) / 2
+    expansion = torch.logdet(identity + gamma * d / (2 * n * epsilon**2) * z.T @ z) / (2 * gamma)
     parts = [torch.stack(pair) for pair in zip(z1, z2, strict=True)]
     rates = [torch.logdet(identity + d / (2 * epsilon**2) * part.T @ part) / 2 for part in parts]
     return expansion, sum(rates) / n
 
 
 @pytest.mark.parametrize("n, d", [(2, 3), (6, 4), (3, 9)])
-@pytest.mark.parametrize("epsilon, weight", [(0.7, 1.0), (0.1, 1.0), (0.7, 0.0)])
-def test_mcr2_is_its_equation(methods, n, d, epsilon, weight):
+@pytest.mark.parametrize("epsilon, gamma, weight", [(0.7, 20.0, 1.0), (0.1, 1.0, 1.0), (0.7, 20.0, 0.0)])
+def test_mcr2_is_its_equation(methods, n, d, epsilon, gamma, weight):
     z1, z2 = random_views(n, d)
-    terms = methods["mcr2"].loss_fn(z1, z2, epsilon=epsilon, expansion_weight=weight)
-    expansion, compression = slow_rates(z1, z2, epsilon)
+    terms = methods["mcr2"].loss_fn(z1, z2, epsilon=epsilon, gamma=gamma, expansion_weight=weight)
+    expansion, compression = slow_rates(z1, z2, epsilon, gamma)
     assert_same_value_and_gradient(terms["loss"], compression - weight * expansion, [z1, z2])
     torch.testing.assert_close(terms["expansion"], expansion)
     torch.testing.assert_close(terms["compression"], compression)
@@ -858,10 +858,10 @@ def test_mcr2_is_its_equation(methods, n, d, epsilon, weight):
 
 def test_mcr2_of_orthogonal_images(methods):
     """n = d images at right angles, both views alike: ZᵀZ = 2 I and each image one direction, so the rates are
-    d/2 log(1 + 1/epsilon²) and ½ log(1 + d/epsilon²)."""
+    d/2 log(1 + 1/epsilon²), at gamma 1, and ½ log(1 + d/epsilon²)."""
     d, epsilon = 8, 0.5
     axes = torch.linalg.qr(torch.randn(d, d, dtype=F64))[0]
-    terms = methods["mcr2"].loss_fn(3 * axes, axes, epsilon=epsilon)
+    terms = methods["mcr2"].loss_fn(3 * axes, axes, epsilon=epsilon, gamma=1)
     assert terms["expansion"].item() == pytest.approx(d / 2 * math.log(1 + 1 / epsilon**2))
     assert terms["compression"].item() == pytest.approx(math.log(1 + d / epsilon**2) / 2)
 
