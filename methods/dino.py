@@ -41,8 +41,7 @@ def add_flags(parser):
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
     """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,)."""
-    log_q1 = ((t1.detach() - center) / teacher_temperature).log_softmax(1)
-    log_q2 = ((t2.detach() - center) / teacher_temperature).log_softmax(1)
+    log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
     log_p1, log_p2 = (s1 / temperature).log_softmax(1), (s2 / temperature).log_softmax(1)
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
     entropy = -((log_q1.exp() * log_q1).sum(1) + (log_q2.exp() * log_q2).sum(1)).mean() / 2

@@ -25,11 +25,12 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
+SIZES = {name: {"lr": 3e-3, "embedding_dim": 8, "part_size": 32} for name in common.TOYS}
+SIZES["shapes"] = {"lr": 3e-3, "projector_dim": 1024}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, projector_dim=1024)  # 3e-3 at batch 512 there
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
     parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
