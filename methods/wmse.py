@@ -1,17 +1,18 @@
 """W-MSE: whiten each view's embeddings over parts of the batch, then make the views agree.
 
-    loss = 2 - 2 mean_i cos(w1_i, w2_i)                                                                         (Eq. 3)
+    loss = mean_i ||w1_i - w2_i||² / d                                                                          (Eq. 3)
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
 
-z are the embeddings of one view in a part of the batch (`--part-size` images), w is their whitened form. w1_i and w2_i
-belong to image i's two views. With both scaled to length 1, the loss is mean_i ||w1_i - w2_i||², hence the name MSE.
+z are the embeddings (d dimensions) of one view in a part of the batch (`--part-size` images), w is their whitened form.
+w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `--whitening none` all z may become one vector.
+dimensions may become copies of one, with `--whitening none` all z may become one vector. The cosine leaves a gap: a
+group of images may share one point. It has cosine 1, and the others make up the covariance.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: learning rate along a cosine, not in steps; batches are cut into parts in order, unshuffled.
-Run: python methods/wmse.py
+Departs from the paper: Euclidean distance by default (its code's --no_norm), not the cosine; learning rate along a
+cosine, not in steps; batches are cut into parts in order, unshuffled. Run: python methods/wmse.py
 """
 
 import sys
@@ -25,12 +26,12 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-SIZES = {name: {"lr": 3e-3, "embedding_dim": 8, "part_size": 32} for name in common.TOYS}
-SIZES["shapes"] = {"lr": 3e-3, "projector_dim": 1024}
+SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, projector_dim=1024)  # 3e-3 at batch 512 there
+    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
+    parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of whitened views")
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
     parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
@@ -39,7 +40,7 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
+def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
     """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
     n, white = min(len(z1), part_size), []
     for z in (z1, z2):
@@ -56,7 +57,8 @@ def loss_fn(z1, z2, *, whitening="cholesky", part_size=128):
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
-    return {"loss": 2 - 2 * cosine, "cosine": cosine}
+    loss = 2 - 2 * cosine if distance == "cosine" else (white[0] - white[1]).square().mean().to(z1)
+    return {"loss": loss, "cosine": cosine}
 
 
 class Model(nn.Module):
@@ -93,7 +95,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
-            terms = loss_fn(z1, z2, whitening=args.whitening, part_size=args.part_size)
+            terms = loss_fn(z1, z2, distance=args.distance, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows

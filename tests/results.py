@@ -95,8 +95,8 @@ CIFAR = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "epoch
 
 def cifar(runs):
     """A row for each method, named with the flags that are not those of all, and rows of "other" runs."""
-    yield "| method | linear | gain | kNN | gain | with Adam, 1e-3, 1e-4: linear | kNN |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| method | seeds | linear | gain | kNN | gain | with Adam, 1e-3, 1e-4: seeds | linear | kNN |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     others = [name.split("-")[1] for name in runs if name.startswith("other-")]
     for table, names in (("cifar", methods(runs, "cifar")), ("other", others)):
         for method in names:
@@ -105,10 +105,11 @@ def cifar(runs):
                 gains = statistics.mean(gain(run, figure) for run in its)
                 figures += [f"{mean(its, 'trained', figure):.3f}", f"{gains:+.3f}"]
             shown = before if table == "cifar" else []
+            figures.append(f"{len(shown)}" if shown else "")
             figures += [f"{mean(shown, 'trained', figure):.3f}" if shown else "" for figure in ("linear", "knn")]
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
             own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
-            yield f"| `{method}{own}` | {' | '.join(figures)} |"
+            yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
 
 
 TABLES = {"shapes": shapes, "ablations": ablations, "cifar": cifar}

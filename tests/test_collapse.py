@@ -283,7 +283,7 @@ def test_self_classifier_needs_its_column_softmax(train):
         ("swav", ["--prototypes", "64", "--queue", "0"], ["--no-sinkhorn"], {"representation"}),
         ("cplearn", ["--c", "512"], ["--beta", "10"], {"representation"}),
         ("simsiam", [], ["--no-predictor"], {"representation"}),
-        ("wmse", [], ["--whitening", "none"], {"representation"}),
+        ("wmse", ["--embedding-dim", "32"], ["--whitening", "none"], {"representation"}),
     ],
 )
 def test_diagnosis_on_images(run, method, flags, taken_away, named):

@@ -28,7 +28,7 @@ CHANGES = {
              "--freeze-prototypes"],
     "vicreg": ["--invariance-weight 0", "--variance-weight 0", "--covariance-weight 0", "--covariance-weight 9",
                "--sum-variance"],
-    "wmse": ["--whitening batchnorm", "--whitening none", "--embedding-dim 1", "--part-size 16",
+    "wmse": ["--distance cosine", "--whitening batchnorm", "--whitening none", "--embedding-dim 1", "--part-size 16",
              "--part-size 4 --embedding-dim 2"],
 }  # fmt: skip
 REFUSED = {
@@ -53,7 +53,7 @@ REFUSED = {
     "simsiam": ["--no-predictor=1", "--no-stop-gradient=1"],
     "swav": ["--prototypes 1", "--epsilon 0", "--queue -1", "--no-sinkhorn=1", "--freeze-prototypes=1"],
     "vicreg": ["--invariance-weight -1", "--variance-weight nan", "--covariance-weight inf", "--sum-variance=1"],
-    "wmse": ["--whitening zca", "--embedding-dim 0", "--part-size 1", "--embedding-dim 64"],
+    "wmse": ["--distance l1", "--whitening zca", "--embedding-dim 0", "--part-size 1", "--embedding-dim 64"],
 }
 
 # Shared flags, with simclr on small images.

@@ -631,29 +631,47 @@ def test_vicreg_terms_of_a_constructed_batch(methods):
 # --- W-MSE
 
 
-def slow_wmse(z1, z2):
+def slow_wmse(z1, z2, distance):
     """Eq. 3 for one part: each view whitened by the inverse of its own Cholesky factor."""
     white = []
     for z in (z1, z2):
         z = z - z.mean(0)
         lower = torch.linalg.cholesky(z.T @ z / (len(z) - 1))
         white.append((torch.linalg.inv(lower) @ z.T).T)
-    return 2 - 2 * slow_cosine(*white)
+    if distance == "cosine":
+        return 2 - 2 * slow_cosine(*white)
+    return sum(((a - b) ** 2).sum() / len(a) for a, b in zip(*white, strict=True)) / len(z1)
 
 
 @pytest.mark.parametrize("n, d", [(12, 4), (6, 2)])
-def test_wmse_is_its_equation(methods, n, d):
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_wmse_is_its_equation(methods, n, d, distance):
     """With gradient through both views."""
     z1, z2 = random_views(n, d)
-    loss = methods["wmse"].loss_fn(z1, z2, part_size=n)["loss"]
-    assert_same_value_and_gradient(loss, slow_wmse(z1, z2), [z1, z2], rtol=1e-7)
+    loss = methods["wmse"].loss_fn(z1, z2, part_size=n, distance=distance)["loss"]
+    assert_same_value_and_gradient(loss, slow_wmse(z1, z2, distance), [z1, z2], rtol=1e-7)
+
+
+def test_wmse_by_cosine_rewards_a_group_at_one_point(methods):
+    """The covariance may be the identity while a quarter of the images share one point. The other images' views have
+    nothing in common here. Cosines: those of the group are 1, so the loss falls from 2 to 2 - 2/4. Euclidean: the views
+    agree only in the direction that tells the group from the others, so it falls to 2 - 2/d."""
+    d, group = 16, torch.zeros(16, dtype=F64)
+    group[3] = 5
+    for distance, expected in (("cosine", 2 - 2 / 4), ("euclidean", 2 - 2 / d)):
+        z1, z2 = (torch.randn(8192, d, dtype=F64) for _ in range(2))
+        alone = methods["wmse"].loss_fn(z1, z2, part_size=8192, distance=distance)["loss"]
+        for z in (z1, z2):
+            z[:2048] = group + z[:2048] / 100
+        together = methods["wmse"].loss_fn(z1, z2, part_size=8192, distance=distance)["loss"]
+        assert alone.item() == pytest.approx(2, abs=0.03) and together.item() == pytest.approx(expected, abs=0.05)
 
 
 def test_wmse_parts_are_the_same_images_in_both_views(methods):
     """Of 19 images in parts of 8 the last three belong to no part."""
     z1, z2 = random_views(19, 3)
     loss = methods["wmse"].loss_fn(z1, z2, part_size=8)["loss"]
-    expected = sum(slow_wmse(z1[i : i + 8], z2[i : i + 8]) for i in (0, 8)) / 2
+    expected = sum(slow_wmse(z1[i : i + 8], z2[i : i + 8], "euclidean") for i in (0, 8)) / 2
     assert_same_value_and_gradient(loss, expected, [z1, z2], rtol=1e-7)
     assert methods["wmse"].loss_fn(z1, z1, part_size=8)["loss"].item() == pytest.approx(0, abs=1e-12)
 
@@ -672,7 +690,7 @@ def test_wmse_does_not_see_linear_maps(methods):
     assert loss(*(100 * z for z in scaled), part_size=50, whitening="batchnorm")["loss"] < 1e-5
     assert loss(*scaled, part_size=50, whitening="none")["loss"] > 0.01
     expected = 2 - 2 * torch.nn.functional.cosine_similarity(*scaled).mean()
-    torch.testing.assert_close(loss(*scaled, part_size=50, whitening="none")["loss"], expected)
+    torch.testing.assert_close(loss(*scaled, part_size=50, whitening="none", distance="cosine")["loss"], expected)
 
 
 # --- center vector
