@@ -9,7 +9,7 @@ are coding rates: the nats that an embedding takes, at a precision of epsilon, i
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
 "Learning Diverse and Discriminative Representations via ... Maximal Coding Rate Reduction", Yu et al., NeurIPS 2020.
-Departs from the paper: two views of many images, not 50 views of 20. Epsilon 8, not 0.7: at 0.7 expansion drives two
+Departs from the paper: two views of many images, not 50 views of 20. Epsilon 16, not 0.7: at 0.7 expansion drives two
 views to right angles, and there compression has no gradient that brings them back. Optimizer and head.
 Run: python methods/mcr2.py
 """
@@ -30,14 +30,14 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--epsilon", type=common.number(0.001), default=8.0, help="precision of the code")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=16.0, help="precision of the code")
     parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="0: collapse")
 
 
 # --- the method
 
 
-def loss_fn(z1, z2, *, epsilon=8.0, expansion_weight=1.0):
+def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
     """Minus the rate reduction of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
     w1, w2 = (nn.functional.normalize(z if z.device.type == "mps" else z.double(), dim=1) for z in (z1, z2))
     w, d = torch.cat([w1, w2]), z1.shape[1]
