@@ -241,9 +241,10 @@ def test_triplet_needs_negatives(train):
 
 
 def test_mcr2_needs_its_expansion(train):
+    """Three classes at right angles, which is what the loss asks for, have a center norm of 1 / sqrt(3)."""
     alive = train("mcr2", batch_norm="none")
     dead = train("mcr2", "--expansion-weight", "0", batch_norm="none")
-    assert alive["center_norm"] < 0.4 and alive["effective_rank"] > 5 and not alive["named"]
+    assert alive["center_norm"] < 0.62 and not alive["named"]
     assert dead["center_norm"] > 0.98 and dead["named"] == {"representation"}
 
 
