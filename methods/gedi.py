@@ -31,9 +31,9 @@ SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # ours; augment as published
     parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
-    parser.add_argument("--beta", type=common.number(0), default=1.0, help="weight of invariance")
+    parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="0: collapse")
     parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="above 0: 20 times slower")
 
@@ -41,7 +41,7 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 1.0, 0.0)):
+def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
     """The loss of scores (n, c) and, if weights[2] > 0, of log p of images and samples (n,), float32, and its terms."""
     n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -59,10 +59,10 @@ class Model(nn.Module):
         d = args.projector_dim
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
         )  # fmt: skip
-        self.classes = nn.Linear(d, args.c)
-        self.temperature = 1.0  # for the metrics: scores are already divided by 0.1
+        self.classes = nn.Linear(128, args.c)
+        self.temperature = 1.0  # for the metrics: scores are already divided
         shape = (2,) if args.dataset in common.TOYS else (3, args.image_size, args.image_size)
         self.register_buffer("samples", torch.randn(10000 if args.generative_weight else 0, *shape))
 
@@ -70,7 +70,7 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.classes(z).float() / 0.1
+        return self.classes(z).float() / 0.36  # a standard deviation of 1.6 at the start, as in CPLearn
 
     def log_densities(self, x1, step):
         """log p of images and of as many samples, after 20 steps from where they were; one in 20 begins as noise."""

@@ -1,15 +1,15 @@
 """Self-Classifier: both views of an image get the same class, and all classes are equally likely.
 
     loss = mean over both directions of -mean_i Σ_y t_iy log p_iy
-    t = softmax over the batch of s / 0.05, each row then divided by its sum        (of one view: the target)
-    p = (n / k) softmax over classes of s / 0.1, each column divided by its sum     (of the other: the prediction)
+    t = softmax over the batch of s / 0.05, then each row divided by its sum        (of one view: the target)
+    p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k        (of the other view)
 
-s (n, k) are one view's scores of n images for k learned classes. The divisions are Bayes' rule with equal priors of all
-classes: t_i is p(y | x_i), made from p(x_i | y), the share of image i in class y. Gradients flow through t and p. There
-are several classifiers, of k, 2k, 4k, ... classes, and the loss is their mean.
+s (n, k) are one view's scores of n images for k learned classes. Softmax over the batch makes all classes equally large.
+By Bayes' rule t_iy is then p(y | x_i), and likewise the columns of p sum to n / k, an equal share. Gradients flow through
+t and p. There are several classifiers, of k, 2k, 4k, ... classes, and the loss is their mean.
 
-What prevents collapse: if all images are in one class, the softmax over the batch makes t uniform over images and
-classes, and the loss is log k. `--no-column-softmax` takes t and p as softmax over classes alone.
+What prevents collapse: if all images have the same scores, t and p are 1 / k, and the loss is log k. It is near 0 if
+each class has as many images and the views agree. `--no-column-softmax` divides no column: then one class for all wins.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
 Departs from the paper: Adam instead of LARS, two views instead of eight, no queue of nearest neighbours.
@@ -45,10 +45,10 @@ def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_t
     """The loss of two views' scores (n, sum of `sizes`), float32, as scalars `loss`, `loss12` (t1, p2) and `loss21`."""
     losses = {"loss12": 0.0, "loss21": 0.0}
     for name, target, prediction in (("loss12", s1, s2), ("loss21", s2, s1)):
-        for t, p in zip(target.split(sizes, 1), prediction.split(sizes, 1), strict=True):  # (n, k) of each classifier
-            log_t, log_p = t / column_temperature, (p / row_temperature).log_softmax(1)
-            if column_softmax:
-                log_t, log_p = log_t.log_softmax(0), log_p.log_softmax(0) + math.log(len(p) / p.shape[1])
+        for a, b in zip(target.split(sizes, 1), prediction.split(sizes, 1), strict=True):  # (n, k) of each classifier
+            log_t, log_p = a / column_temperature, (b / row_temperature).log_softmax(1)
+            if column_softmax:  # log_softmax of a logarithm divides by the sum
+                log_t, log_p = log_t.log_softmax(0), log_p.log_softmax(0) + math.log(len(b) / b.shape[1])
             losses[name] -= (log_t.softmax(1) * log_p).sum(1).mean() / len(sizes)
     return {"loss": (losses["loss12"] + losses["loss21"]) / 2} | losses
 
@@ -65,7 +65,7 @@ class Model(nn.Module):
         self.temperature = 0.1  # of p, as in loss_fn, for the metrics
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
-        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))
+        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # the length of each class's weights, learned
 
     def forward(self, x):
         return self.head(self.backbone(x))

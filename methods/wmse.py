@@ -47,8 +47,7 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no better
         w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
         w = w if whitening == "none" else w - w.mean(1, keepdim=True)
-        if whitening == "batchnorm":
-            w = w / (w.var(1, keepdim=True) + 1e-5).sqrt()
+        w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
             cov = w.mT @ w / (n - 1)  # (parts, d, d)
             # Minus, not plus: a covariance that is singular but for rounding shall fail, not pass.
