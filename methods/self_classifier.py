@@ -5,7 +5,7 @@
     p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k        (of the other view)
 
 s (n, k) are one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y) and gives all
-classes the same weight. By Bayes' rule t_iy is then p(y | x_i). The columns of p, too, are made equally heavy: n / k each.
+classes the same weight. By Bayes' rule t_iy is then p(y | x_i). The columns of p get equal sums, too: n / k each.
 Gradients flow through t and p. There are several classifiers, of k, 2k, 4k, ... classes. The loss is their mean.
 
 What prevents collapse: if all images have the same scores, t and p are 1 / k, and the loss is log k. It is near 0 if
