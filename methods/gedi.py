@@ -5,14 +5,13 @@
     generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - a constant
 
 s (n, c) are the scores of n images, linear in z. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch.
-`generative`, off by default ("GEDI no gen"), makes p(x) the density of images; its gradient is that of -log p(x1).
-x̃ are samples of p(x). Langevin dynamics move them up the gradient of log p(x), with noise.
+`generative`, off by default ("GEDI no gen"), makes p(x) the density of images. Langevin dynamics draw its samples x̃.
 
 What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. This
 is CPLearn's loss. But its codes are fixed and random, and by its Theorem 1 each z, of fixed norm, ends along one code.
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
-Departs from the paper: batch norm in backbone and head. Run: python methods/gedi.py
+Departs from the paper: batch norm in backbone and head, temperature 0.36. Run: python methods/gedi.py
 """
 
 import math
@@ -27,7 +26,7 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
+SIZES = {"shapes": {"c": 64, "beta": 0.25}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
@@ -74,9 +73,8 @@ class Model(nn.Module):
 
     def log_densities(self, x1, step):
         """log p of images and of as many samples, after 20 steps from where they were; one in 20 begins as noise."""
-        log_p, n = lambda x: self.scores(self(x)).logsumexp(1), len(x1) * common.world_size()
-        self.eval()  # batch norms use running means: p(x) must not depend on the other images of a batch
-        torch.manual_seed(step)  # a resumed run draws the same
+        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)
+        torch.manual_seed(step)  # a resumed run draws the same. Above: eval, because p(x) must depend on x alone
         chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
         self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
         x = self.samples[chosen].chunk(common.world_size())[common.rank()]

@@ -4,13 +4,13 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates: the nats that an embedding takes, at a precision of epsilon, in the batch and among its image's views.
+are coding rates: the nats that an embedding takes if it may be off by epsilon, in the batch or among its image's views.
 
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
 "Learning Diverse and Discriminative Representations via ... Maximal Coding Rate Reduction", Yu et al., NeurIPS 2020.
-Departs from the paper: two views of many images, not 50 views of 20. Epsilon 16, not 0.7: at 0.7 expansion drives two
-views to right angles, and there compression has no gradient that brings them back. Optimizer and head.
+Departs from the paper: optimizer; head; two views of many images, not 50 views of 20; epsilon 16, not 0.7. At 0.7
+expansion drives an image's two views to right angles, where compression has no gradient that brings them back.
 Run: python methods/mcr2.py
 """
 
@@ -38,15 +38,16 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
-    """Minus the rate reduction of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
+    """Compression minus expansion of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
+    # In double, because the determinant of a large matrix is coarse in float32; mps has no better.
     w1, w2 = (nn.functional.normalize(z if z.device.type == "mps" else z.double(), dim=1) for z in (z1, z2))
-    w, d = torch.cat([w1, w2]), z1.shape[1]
+    w, d, a = torch.cat([w1, w2]), z1.shape[1], z1.shape[1] / (2 * epsilon**2)
     gram = w.T @ w if d < len(w) else w @ w.T  # the smaller one: both give the same determinant
     identity = torch.eye(len(gram), dtype=w.dtype, device=w.device)
-    lower = torch.linalg.cholesky_ex(identity + d / (len(w) * epsilon**2) * gram)[0]
+    lower = torch.linalg.cholesky_ex(identity + a / len(z1) * gram)[0]  # cannot fail, so its check is left out
     expansion = lower.diagonal().log().sum().to(z1)  # half of logdet, which is twice this sum
-    gap, a = (w1 - w2).square().sum(1) / 2, d / (2 * epsilon**2)  # gap: 1 - cosine
-    compression = ((1 + a * gap).log() + (1 + a * (2 - gap)).log()).mean().to(z1) / 2
+    cosine = (w1 * w2).sum(1)  # Z_i Z_iᵀ, of two unit vectors, has the eigenvalues 1 + cosine and 1 - cosine
+    compression = ((1 + a * (1 + cosine)).log() + (1 + a * (1 - cosine)).log()).mean().to(z1) / 2
     loss = compression - expansion_weight * expansion
     return {"loss": loss, "expansion": expansion, "compression": compression}
 
