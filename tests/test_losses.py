@@ -831,6 +831,20 @@ def test_gedi_prices(methods):
     assert loss_fn(one, one)["prior"].item() == pytest.approx(40 * 5 / 6)
 
 
+@pytest.mark.parametrize("rho", [0.2, 0.45, 0.55, 0.9])
+def test_views_must_correlate_by_a_half_to_leave_uniform_p(methods, rho):
+    """Scores s1, s2 near 0, each row of mean 0 and variance v, have CE = log c + v (1/2 - rho) to second order, where rho
+    is the correlation of s1 and s2. Below 1/2 the uniform p is a minimum of the invariance term."""
+    n, c, v = 1000, 50, 1e-6
+    s1, other = torch.randn(2, n, c, dtype=F64)
+    s1, other = (x - x.mean(1, keepdim=True) for x in (s1, other))
+    s1 = s1 / s1.norm() * math.sqrt(n * c * v)
+    other = other - (other * s1).sum() / (s1 * s1).sum() * s1
+    s2 = rho * s1 + math.sqrt(1 - rho**2) * other / other.norm() * s1.norm()
+    invariance = methods["gedi"].loss_fn(s1, s2)["invariance"].item()
+    assert (invariance - math.log(c)) / v == pytest.approx(0.5 - rho, abs=0.01)
+
+
 def test_gedi_samples_have_the_variance_of_langevin_dynamics(methods):
     """Where log p(x) = -5 ||x||² + const, a Gaussian of variance 1/10, steps x - 0.05 x + 0.1 noise have, after many,
     the variance v = 0.95² v + 0.01. Before every 20 steps, one sample in 20 gets variance 1 again."""
