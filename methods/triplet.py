@@ -3,12 +3,12 @@
     loss = mean_{a,n} ½ max(0, ||z_a - z_p||² - ||z_a - z_n||² + margin)                                        (Eq. 5)
          = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
 
-z are the embeddings of two views of each image of a batch, scaled to length 1. Each is the anchor z_a in turn. z_p is
-the other view of its image, z_n each view of each other image. From margin 4 on the maximum is never 0: the gradient is
-that of mean ⟨z_a, z_n⟩ - mean ⟨z_a, z_p⟩, as for an infinite margin (Eq. 6).
+z are the embeddings of two views of each image of a batch, scaled to length 1, which makes the two forms equal. Each is
+the anchor z_a in turn. z_p is the other view of its image, z_n each view of each other image. Cosines differ by at most
+2. So from margin 4 on no pair is ever far enough, as with an infinite margin (Eq. 6).
 
 What prevents collapse: the negatives z_n. `--negatives none` removes them. With `--negatives hardest` each anchor has
-only its closest, as in SimCLR at a temperature near 0 (Eq. 13).
+only its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: it names no settings for images, so these are ours.
@@ -41,15 +41,17 @@ def add_flags(parser):
 def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
     """Eq. 5 of two views' embeddings (n, d), float32: scalars `loss`, `positive` and `negative`."""
     n, z = len(z1), nn.functional.normalize(torch.cat([z1, z2]), dim=1)
-    similarity = z @ z.T  # (2n, 2n), a row for each anchor
+    similarity = z @ z.T  # (2n, 2n), a row for each anchor; rows i and i + n are two views of image i
     positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
-    own = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)  # where anchor and column are of one image
+    rows = torch.arange(2 * n, device=z.device)
+    others = (rows[:, None] + torch.cat([rows[1:n], rows[n + 1 :]])) % (2 * n)  # (2n, 2n - 2), views of other images
+    negative = similarity.gather(1, others)
     if negatives == "hardest":
-        similarity = similarity.masked_fill(own, -torch.inf).amax(1, keepdim=True).expand_as(own)
-    negative = similarity * (negatives != "none")
-    hinge = (negative - positive + margin / 2).relu()
-    loss, negative = (x.masked_fill(own, 0).sum() / (4 * n * (n - 1)) for x in (hinge, negative))
-    return {"loss": loss, "positive": positive.mean(), "negative": negative}
+        negative = negative.amax(1, keepdim=True)
+    if negatives == "none":
+        negative = torch.ones_like(positive)  # a constant that leaves only attraction
+    loss = (negative - positive + margin / 2).relu().mean()
+    return {"loss": loss, "positive": positive.mean(), "negative": negative.mean()}
 
 
 class Model(nn.Module):

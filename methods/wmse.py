@@ -7,8 +7,8 @@ z are the embeddings (d dimensions) of one view in a part of the batch (`--part-
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `--whitening none` all z may become one vector. The cosine leaves a gap: a
-group of images may share one point. It has cosine 1, and the others make up the covariance.
+dimensions may become copies of one, with `--whitening none` all z may become one vector. The cosine allows that a group of
+images shares one point: their cosine is 1, and the covariance can come from the other images.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: Euclidean distance by default (its code's --no_norm), not the cosine; learning rate along a
@@ -42,15 +42,15 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
     """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
-    n, white = min(len(z1), part_size), []
+    part, white = min(len(z1), part_size), []
     for z in (z1, z2):
-        w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no better
-        w = w[: len(w) // n * n].reshape(-1, n, z.shape[1])  # (parts, n, d); what is left over is dropped
+        w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no float64
+        w = w[: len(w) // part * part].reshape(-1, part, z.shape[1])  # (parts, part, d); what is left over is dropped
         w = w if whitening == "none" else w - w.mean(1, keepdim=True)
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
-            cov = w.mT @ w / (n - 1)  # (parts, d, d)
-            # Minus, not plus: a covariance that is singular but for rounding shall fail, not pass.
+            cov = w.mT @ w / (part - 1)  # (parts, d, d)
+            # Minus, not plus: a covariance that is singular except for rounding must fail.
             lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: failed; NaN ends the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)

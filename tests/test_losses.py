@@ -743,7 +743,7 @@ def slow_triplet(z1, z2, margin, negatives):
             others = [min(others, key=lambda k: (z[a] - z[k]).square().sum().item())]
         for k in others:
             near, far = (z[a] - z[(a + n) % (2 * n)]).square().sum(), (z[a] - z[k]).square().sum()
-            far = 2.0 if negatives == "none" else far  # as if all others stood at right angles
+            far = 0.0 if negatives == "none" else far  # as if each anchor were its own negative
             total, count = total + ((near - far + margin) / 2).clamp_min(0), count + 1
     return total / count
 
