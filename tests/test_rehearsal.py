@@ -66,6 +66,11 @@ def test_a_step_of_another_kind_never_waits(flags, device):
     rehearse("cplearn", *SMALL, "--c", "64", *flags.split(), device=device, watch=NeverWait)
 
 
+def test_a_step_with_langevin_dynamics_never_waits():
+    """On fake tensors of the CPU, because these dynamics are a backward pass."""
+    rehearse("gedi", *SMALL, "--c", "64", "--generative-weight", "0.1", device="cpu", watch=NeverWait)
+
+
 def before_loss(act):
     """A change to a script: `act` is called with the loss's first input before each loss."""
 
