@@ -34,7 +34,7 @@ def add_flags(parser):
     parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="0: collapse")
-    parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="try 0.001 on images; 10 times slower")
+    parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="0.001 for images; slow")
 
 
 # --- the method
