@@ -55,8 +55,8 @@ def test_report(run, trained):
         assert list(arrays[f"{label}/entropy_mixture"]) == list(entry["entropy"]["mixture"].values())
         assert label in page
     # One page with its pictures inside, which asks nothing of the network; each is a file too.
-    sources = re.findall(r'(?:src|href)="?([^" >]{1,30})', page)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    sources = re.findall(r'(?:src|href)="?([^" >]{1,31})', page)
+    assert sources and all(source.startswith("data:image/webp;base64,") for source in sources)
     assert not re.search(r"https?://|<script|@import|url\(", page)
     names = {path.stem for path in Path("report").glob("*.png")}
     shared = {"spectra", "entropy", "curves_linear", "curves_log", "tsne"}

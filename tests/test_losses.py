@@ -833,8 +833,8 @@ def test_gedi_prices(methods):
 
 @pytest.mark.parametrize("rho", [0.2, 0.45, 0.55, 0.9])
 def test_views_must_correlate_by_a_half_to_leave_uniform_p(methods, rho):
-    """Scores s1, s2 near 0, each row of mean 0 and variance v, have CE = log c + v (1/2 - rho) to second order, where rho
-    is the correlation of s1 and s2. Below 1/2 the uniform p is a minimum of the invariance term."""
+    """Scores near 0, each row of mean 0 and variance v, have an invariance of log c + v (1/2 - rho) to second order,
+    where rho is the correlation of the views' scores. Below 1/2 the uniform p is a minimum."""
     n, c, v = 1000, 50, 1e-6
     s1, other = torch.randn(2, n, c, dtype=F64)
     s1, other = (x - x.mean(1, keepdim=True) for x in (s1, other))
