@@ -4,11 +4,11 @@
     prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - a constant
 
-s (n, c) are the scores of n images, linear in z. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch.
-`generative`, off by default ("GEDI no gen"), makes p(x) the density of images. Langevin dynamics draw its samples x̃.
+z are embeddings of n images, s (n, c) their scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative`
+(off: "GEDI no gen") raises p(x), a density, at images and lowers it at its samples x̃, drawn by Langevin dynamics.
 
-What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. This
-is CPLearn's loss. But its codes are fixed and random, and by its Theorem 1 each z, of fixed norm, ends along one code.
+What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. CPLearn
+has this loss, with random, fixed codes for classes and z of one norm: each z ends along one code (its paper, Theorem 1).
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
 Departs from the paper: batch norm in backbone and head, temperature 0.36. Run: python methods/gedi.py
@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
-    """The loss of scores (n, c) and, if weights[2] > 0, of log p of images and samples (n,), float32, and its terms."""
+    """The loss and its terms. s: scores (n, c). log_real, log_fake: log p (n,) of images, samples. All float32."""
     n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
     log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
@@ -72,9 +72,9 @@ class Model(nn.Module):
         return self.classes(z).float() / 0.36  # a standard deviation of 1.6 at the start, as in CPLearn
 
     def log_densities(self, x1, step):
-        """log p of images and of as many samples, after 20 steps from where they were; one in 20 begins as noise."""
-        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)
-        torch.manual_seed(step)  # a resumed run draws the same. Above: eval, because p(x) must depend on x alone
+        """log p of images and of as many samples. These go 20 steps on from where they are stored, or from noise."""
+        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # of x alone
+        torch.manual_seed(step)  # all processes, and a resumed run, draw the same
         chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
         self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
         x = self.samples[chosen].chunk(common.world_size())[common.rank()]
