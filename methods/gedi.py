@@ -4,11 +4,11 @@
     prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - a constant
 
-z are embeddings of n images, s (n, c) their scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative`
-(off: "GEDI no gen") raises p(x), a density, at images and lowers it at its samples x̃, drawn by Langevin dynamics.
+z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (off
+in "GEDI no gen") raises p(x), a density, at images and lowers it at its samples x̃, drawn by Langevin dynamics.
 
-What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. CPLearn
-has this loss, with random, fixed codes for classes and z of one norm: each z ends along one code (its paper, Theorem 1).
+What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. This
+is CPLearn's loss, but there classes are random, fixed codes and z has one norm: each z ends along one code (Theorem 1).
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
 Departs from the paper: batch norm in backbone and head, temperature 0.36. Run: python methods/gedi.py
