@@ -11,7 +11,7 @@ What prevents collapse: the prior, log c if all classes are used equally, else m
 is CPLearn's loss, but there classes are random, fixed codes and z has one norm: each z ends along one code (Theorem 1).
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
-Departs from the paper: batch norm in backbone and head, temperature 0.36. Run: python methods/gedi.py
+Departs from the paper: batch norm in backbone and head, Adam, temperature 0.36. Run: python methods/gedi.py
 """
 
 import math
