@@ -31,8 +31,8 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--margin", type=common.number(0), default=1.0, help="between 0 and 4, which is like infinity")
-    parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="of each anchor")
+    parser.add_argument("--margin", type=common.number(0), default=1.0, help="squared distance; 4 is like infinity")
+    parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="which each anchor has")
 
 
 # --- the method
