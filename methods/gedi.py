@@ -33,7 +33,7 @@ def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # ours; augment as published
     parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
-    parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="of equal use of classes; 0: collapse")
+    parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="of equal shares; 0: collapse")
     parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="of p(x); for images 0.001")
 
 

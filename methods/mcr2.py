@@ -30,8 +30,8 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--epsilon", type=common.number(0.001), default=16.0, help="error that the code allows")
-    parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="of the batch's rate; 0: collapse")
+    parser.add_argument("--epsilon", type=common.number(0.001), default=16.0, help="error that a code allows")
+    parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="of the batch; 0: collapse")
 
 
 # --- the method

@@ -33,7 +33,7 @@ SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"sh
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
-    parser.add_argument("--classes", type=common.integer(2), default=1000, help="k, number of classes of the first")
+    parser.add_argument("--classes", type=common.integer(2), default=1000, help="k, of the first classifier")
     parser.add_argument("--classifiers", type=common.integer(1, 8), default=4, help="each has twice as many classes")
     parser.add_argument("--no-column-softmax", action="store_true", help="softmax over classes alone; collapses")
 

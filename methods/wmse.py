@@ -31,7 +31,7 @@ SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
-    parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of two whitened views")
+    parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of whitened views")
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
     parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half of --part-size")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
