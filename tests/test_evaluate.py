@@ -81,7 +81,7 @@ def test_table_and_json(run, trained):
     for row, line in zip(rows, lines[1:], strict=True):
         assert f"{row['linear']:.3f}" == line.split()[2] and row["knn"] > 0.9
         # Codes or prototypes where the method has them, never an argmax over the embedding's 16 dimensions.
-        sizes = {"cplearn": 64, "dino": 32, "swav": 32}
+        sizes = {"cplearn": 64, "dino": 32, "gedi": 16, "self_classifier": 16, "swav": 32}
         assert row["clusters_by"] == ("codes" if row["method"] in sizes else "k-means")
         assert row["used"] <= row["clusters"] == sizes.get(row["method"], 3) and row["shuffled"] < 0.1
 

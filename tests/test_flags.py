@@ -110,7 +110,7 @@ def test_the_walk_leaves_out_no_flag_and_no_choice(method):
     lines = " ".join([*CHANGES[method], *SHARED, *IMAGES])
     for action in (action for action in parser._actions if action.choices):
         others = set(action.choices) - {action.default, "adam", "cifar10", "cifar100", "svhn", "folder", "imagenet100"}
-        for choice in others - {"fp32", "cuda", "mps", "blobs"}:
+        for choice in others - {"fp32", "cuda", "mps", "blobs", "strong"}:
             assert choice in lines.split(), (action.option_strings, choice)
 
 
