@@ -26,7 +26,7 @@ import common
 
 # VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"c": 64, "beta": 0.25}} | {name: {"c": 16} for name in common.TOYS}
+SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
