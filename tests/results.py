@@ -97,7 +97,7 @@ def cifar(runs):
     """A row for each method, named with the flags that are not those of all, and rows of "other" runs."""
     yield "| method | seeds | linear | gain | kNN | gain | with Adam, 1e-3, 1e-4: seeds | linear | kNN |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    others = [name.split("-")[1] for name in runs if name.startswith("other-")]
+    others = dict.fromkeys(name.split("-")[1] for name in runs if name.startswith("other-"))
     for table, names in (("cifar", methods(runs, "cifar")), ("other", others)):
         for method in names:
             its, before, figures = seeds(runs, f"{table}-{method}"), seeds(runs, f"shared-{method}"), []
