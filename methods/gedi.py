@@ -69,7 +69,7 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.classes(z).float() / 0.36  # a standard deviation of 1.6 at the start, as in CPLearn
+        return self.classes(z.float()).float() / 0.36  # a standard deviation of 1.6 at the start, as in CPLearn
 
     def log_densities(self, x1, step):
         """log p of images and of as many samples. These go 20 steps on from where they are stored, or from noise."""

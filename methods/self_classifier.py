@@ -95,7 +95,7 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))  # float32; of all processes, if several
+            s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))  # float32; all processes' rows
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
             optimizer.zero_grad()
             terms["loss"].backward()

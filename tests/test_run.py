@@ -77,6 +77,13 @@ def test_stopped_and_resumed_is_never_stopped(method, number, step, run, tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_network_in_bf16(method, run):
+    """What a GPU uses by default: the network's outputs are bf16, and all that follows must take them."""
+    own = [*OWN[method], *(["--generative-weight", "0.1"] if method == "gedi" else [])]
+    assert run(method, *TINY, *own, "--epochs", "1", "--precision", "bf16").code == 0
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     common.atomic_write(path, lambda file: file.write(b"old"))
