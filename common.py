@@ -183,7 +183,7 @@ def decode_images(root, split, files, size):
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
     cache = root / f".cache-{size}" / f"{split}-{key}.npy"
     if not cache.exists():
-        part = cache.with_suffix(".part")
+        part = cache.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same cache
         try:
             cache.parent.mkdir(exist_ok=True)
             array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))

@@ -10,8 +10,7 @@ What prevents collapse: a constant column standardises to 0, so that C_ii = 0 an
 grows if columns are copies of each other. `--lambda-offdiag 0` removes the second sum.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
-Departs from the paper: lambda 0.0051 (authors' code), not 0.005, Adam instead of LARS, projector 2048 wide, not 8192.
-Run: python methods/barlow_twins.py
+Departs from the paper: Adam; lambda 0.0051, not 0.005; projector 2048, not 8192. Run: python methods/barlow_twins.py
 """
 
 import sys

@@ -8,8 +8,7 @@ p1, p2: a predictor's outputs for the student's projections of an image's two vi
 What prevents collapse: the predictor and a slow teacher without gradient. `--no-predictor --momentum 0` removes them.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: SGD, batches of 128, not LARS, 4096. Only parameters are averaged, not batch norm statistics.
-Run: python methods/byol.py
+Departs from the paper: SGD, batches of 128. Batch norm statistics are not averaged. Run: python methods/byol.py
 """
 
 import sys

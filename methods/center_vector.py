@@ -8,9 +8,8 @@ What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. At
 trace of the covariance between the views, so one point for all is the worst. `--center-weight 0` removes the penalty.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: ||s||² (or ||s||, `--penalty norm`) where Eq. 32 adds the vector s itself. Views agree by their
-cosine, as in Eq. 4, not by their squared distance, as in Eq. 32. So weight 1 here is weight 2 there.
-Run: python methods/center_vector.py
+Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s itself. The cosine of Eq. 4
+replaces the squared distance of Eq. 32, so weight 1 here is weight 2 there. Run: python methods/center_vector.py
 """
 
 import sys

@@ -10,8 +10,7 @@ What prevents collapse: `expansion`, largest if all directions are used alike. `
 
 "Learning Diverse and Discriminative Representations via ... Maximal Coding Rate Reduction", Yu et al., NeurIPS 2020.
 Departs from the paper: optimizer; head; two views of many images, not 50 views of 20; epsilon 16, not 0.7. At 0.7
-expansion drives an image's two views to right angles, where compression has no gradient that brings them back.
-Run: python methods/mcr2.py
+an image's two views end at right angles, where compression has no gradient. Run: python methods/mcr2.py
 """
 
 import sys

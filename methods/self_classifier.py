@@ -4,16 +4,14 @@
     t = softmax over the batch of s / 0.05, then each row divided by its sum        (of one view: the target)
     p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k        (of the other view)
 
-s (n, k) are one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y) and gives all
-classes the same weight. By Bayes' rule t_iy is then p(y | x_i). The columns of p get equal sums, too: n / k each.
-Gradients flow through t and p. There are several classifiers, of k, 2k, 4k, ... classes. The loss is their mean.
+s (n, k): one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y); with all classes
+equally likely, t_iy is p(y | x_i) by Bayes' rule. Classifiers have k, 2k, 4k, ... classes, the loss is their mean.
 
 What prevents collapse: if all images have the same scores, t and p are 1 / k, and the loss is log k. It is near 0 if
 each class has as many images and the views agree. `--no-column-softmax` divides no column: then one class for all wins.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
-Departs from the paper: Adam instead of LARS, two views instead of eight, no queue of nearest neighbours.
-Run: python methods/self_classifier.py
+Departs from the paper: Adam; two views, not eight; no queue of neighbours. Run: python methods/self_classifier.py
 """
 
 import math

@@ -9,8 +9,7 @@ What prevents collapse: the sum grows when z_i comes close to views of other ima
 high `--temperature` makes the push weak.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020.
-Departs from the paper: Adam on batches of 512, not LARS on 4096. The authors' code has twice the mean of Eq. 1.
-Run: python methods/simclr.py
+Departs from the paper: Adam on batches of 512, not LARS on 4096. Its code doubles Eq. 1. Run: python methods/simclr.py
 """
 
 import sys

@@ -2,15 +2,13 @@
 
     loss = -½ [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ],  mean over the images                           (Eqs. 1 and 2)
 
-z1 and z2 are the projections of two views of an image, p1 and p2 a predictor's outputs for them. stop(z) passes no
-gradient on to z.
+z1, z2: the projections of an image's two views. p1, p2: a predictor's outputs for them. stop(z): z without gradient.
 
 What prevents collapse: predictor and stop-gradient together. Without one of them all z drift to one direction.
 `--no-predictor` and `--no-stop-gradient` remove them.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: weight decay 5e-4, not ImageNet's 1e-4. The predictor's learning rate falls like the others'.
-Run: python methods/simsiam.py
+Departs from the paper: weight decay 5e-4. The predictor's learning rate falls, too. Run: python methods/simsiam.py
 """
 
 import sys

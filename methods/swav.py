@@ -8,8 +8,7 @@ s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (c
 What prevents collapse: Sinkhorn gives all prototypes about equal shares. `--no-sinkhorn` takes softmax(s / epsilon).
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, Adam instead of LARS, 512 prototypes, not 3000, no queue by default.
-Run: python methods/swav.py
+Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py
 """
 
 import sys

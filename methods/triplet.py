@@ -3,16 +3,14 @@
     loss = mean_{a,n} ½ max(0, ||z_a - z_p||² - ||z_a - z_n||² + margin)                                        (Eq. 5)
          = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
 
-z are the embeddings of two views of each image of a batch, scaled to length 1, which makes the two forms equal. Each is
-the anchor z_a in turn. z_p is the other view of its image, z_n each view of each other image. Cosines differ by at most
-2. So from margin 4 on no pair is ever far enough, as with an infinite margin (Eq. 6).
+z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each is the anchor z_a in
+turn. z_p is the other view of its image, z_n each view of each other image. A margin of 4 is like infinity (Eq. 6).
 
 What prevents collapse: the negatives z_n. `--negatives none` removes them. With `--negatives hardest` each anchor has
 only its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: it names no settings for images, so these are ours.
-Run: python methods/triplet.py
+Departs from the paper: it names no settings for images, so these are ours. Run: python methods/triplet.py
 """
 
 import sys

@@ -3,17 +3,14 @@
     loss = 25 mean_ij (Z1_ij - Z2_ij)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                                 (Eq. 6)
     v(Z) = mean_j max(0, 1 - sqrt(Var(Z)_j + 0.0001)),  c(Z) = Σ_{j≠k} Cov(Z)_jk² / d
 
-Z1 and Z2 (n, d) are the embeddings of two views of n images. Var and Cov are over the batch, with n - 1. The three
-terms are called `invariance`, `variance` and `covariance`.
+Z1 and Z2 (n, d) are the embeddings of two views of n images. Var and Cov are over the batch, with n - 1.
 
-What prevents collapse: `variance` keeps each dimension's standard deviation at about 1 or more, so embeddings cannot
-shrink to a point. `covariance` keeps dimensions from being copies of each other. `--variance-weight 0` and
-`--covariance-weight 0` remove them.
+What prevents collapse: `variance` keeps each dimension's standard deviation near 1, `covariance` keeps dimensions from
+being copies of each other. `--variance-weight 0` and `--covariance-weight 0` remove them.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
 Departs from the paper: Adam instead of LARS, projector 2048 wide, not 8192. As in the authors' code, the first term is
-a mean over j, not a sum, and the two v are averaged, not added (`--sum-variance`).
-Run: python methods/vicreg.py
+a mean over j, not a sum, and the two v are averaged, not added (`--sum-variance`). Run: python methods/vicreg.py
 """
 
 import sys

@@ -7,12 +7,12 @@ z are the embeddings (d dimensions) of one view in a part of the batch (`--part-
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `--whitening none` all z may become one vector. By the cosine, a group of
-images may share one point: their cosines are 1, and the covariance can come from the other images.
+dimensions may become copies of one, with `none` all z may become one vector. By the cosine, a group of images may share
+one point: their cosines are 1, and the covariance can come from the other images.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance by default (its code's --no_norm), not the cosine; learning rate along a
-cosine, not in steps; batches are cut into parts in order, unshuffled. Run: python methods/wmse.py
+Departs from the paper: Euclidean distance (its code's --no_norm), not the cosine; learning rate falls along a cosine;
+batches are cut into parts in order, unshuffled. Run: python methods/wmse.py
 """
 
 import sys

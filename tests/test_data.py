@@ -1,8 +1,10 @@
 """Data sets: what they hold, and what happens when files are missing or broken."""
 
 import argparse
+import multiprocessing
 import time
 import types
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -107,6 +109,21 @@ def test_folder_cache_is_reused_and_follows_the_files(images):
     Image.new("RGB", (16, 16), (255, 0, 0)).save(images / "train" / "cat" / "9.png")
     assert len(load().images) == 13
     assert len(list((images / ".cache-16").iterdir())) == 2
+
+
+def test_two_runs_may_write_one_cache_at_the_same_time(images, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / "train" / "cat" / f"more{i}.png")
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=common.read_folder, args=(Path("images"), 16, "folder")) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert not list(tmp_path.glob("images/.cache-16/*.part"))
 
 
 def test_folder_that_cannot_be_read_is_named(images, capsys):
