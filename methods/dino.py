@@ -4,10 +4,10 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): cosines of student's, teacher's embeddings with their k prototypes. `entropy` is H(q, q), `divergence` KL.
+s, t (n, k): cosines of embeddings with k prototypes, of student and teacher. `entropy` is H(q, q), `divergence` KL.
 
-What prevents collapse: centering and sharpening together. Without centering (`--no-centering`) one prototype wins and
-`entropy` falls to 0. Without sharpening (`--teacher-temperature 1`) q becomes uniform and `entropy` rises to log k.
+What prevents collapse: centering, so that no prototype wins everywhere, and sharpening (0.04 < 0.1), so that q is not
+uniform. With `--no-centering` `entropy` falls to 0, with `--teacher-temperature 1` it rises to log k.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, batch norm, 2048 prototypes, fixed temperature, no small crops. Run: python methods/dino.py
@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
@@ -39,7 +39,7 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
-    """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,)."""
+    """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,), Eq. 4."""
     log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
     log_p1, log_p2 = (s1 / temperature).log_softmax(1), (s2 / temperature).log_softmax(1)
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
@@ -56,9 +56,9 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
-        self.temperature = 0.1  # the student's, as in loss_fn, for the metrics
+        self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of all above; no gradient; batch norms use the batch, too
+        self.teacher = common.frozen_copy(self)  # of all lines above; no gradient; batch norm uses the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -95,7 +95,7 @@ def main():
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

@@ -2,13 +2,13 @@
 
     loss = prior_weight prior + beta invariance + generative_weight generative,  p = softmax(s)
     prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
-    generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - a constant
+    generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - log Z  (Z cancels)
 
 z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (off
 in "GEDI no gen") raises p(x), a density, at images and lowers it at its samples x̃, drawn by Langevin dynamics.
 
-What prevents collapse: the prior, log c if all classes are used equally, else more; `--prior-weight 0` removes it. This
-is CPLearn's loss, but there classes are random, fixed codes and z has one norm: each z ends along one code (Theorem 1).
+What prevents collapse: the prior, log c if all classes are used equally, else more. `--prior-weight 0` removes it.
+CPLearn has the same loss, but fixed random classes and a fixed norm of z: by its Theorem 1 each z ends along one class.
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
 Departs from the paper: batch norm in backbone and head, Adam, temperature 0.36. Run: python methods/gedi.py
@@ -24,17 +24,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # ours; augment as published
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # augment: as published
     parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
-    parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="of equal shares; 0: collapse")
-    parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="of p(x); for images 0.001")
+    parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="weight of prior; 0: collapse")
+    parser.add_argument("--generative-weight", type=common.number(0), default=0.0, help="0: no gen; images: 0.001")
 
 
 # --- the method
@@ -69,11 +69,11 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.classes(z.float()).float() / 0.36  # a standard deviation of 1.6 at the start, as in CPLearn
+        return self.classes(z.float()).float() / 0.36  # standard deviation at the start 1.6, as in CPLearn
 
     def log_densities(self, x1, step):
-        """log p of images and of as many samples. These go 20 steps on from where they are stored, or from noise."""
-        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # of x alone
+        """log p of images and of as many samples: 20 Langevin steps from stored samples, a twentieth from new noise."""
+        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # fixed norms
         torch.manual_seed(step)  # all processes, and a resumed run, draw the same
         chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
         self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
@@ -110,7 +110,7 @@ def main():
             terms = loss_fn(s1, s2, *densities, weights=(args.prior_weight, args.beta, args.generative_weight))
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -2,13 +2,13 @@
 
     loss = mean over both directions of -mean_i Σ_y t_iy log p_iy
     t = softmax over the batch of s / 0.05, then each row divided by its sum        (of one view: the target)
-    p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k        (of the other view)
+    p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k   (of the other view)
 
 s (n, k): one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y); with all classes
-equally likely, t_iy is p(y | x_i) by Bayes' rule. Classifiers have k, 2k, 4k, ... classes, the loss is their mean.
+equally likely, t_iy is p(y | x_i) by Bayes' rule. Several classifiers have k, 2k, 4k, ... classes; their mean is taken.
 
-What prevents collapse: if all images have the same scores, t and p are 1 / k, and the loss is log k. It is near 0 if
-each class has as many images and the views agree. `--no-column-softmax` divides no column: then one class for all wins.
+What prevents collapse: if all images have the same scores, the loss is log k. It is near 0 if views agree and classes
+have n / k images each (n < k: log(k / n)). With `--no-column-softmax`, without division by columns, one class wins.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
 Departs from the paper: Adam; two views, not eight; no queue of neighbours. Run: python methods/self_classifier.py
@@ -24,13 +24,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
     parser.add_argument("--classes", type=common.integer(2), default=1000, help="k, of the first classifier")
     parser.add_argument("--classifiers", type=common.integer(1, 8), default=4, help="each has twice as many classes")
     parser.add_argument("--no-column-softmax", action="store_true", help="softmax over classes alone; collapses")
@@ -44,8 +44,8 @@ def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_t
     losses = {"loss12": 0.0, "loss21": 0.0}
     for name, target, prediction in (("loss12", s1, s2), ("loss21", s2, s1)):
         for a, b in zip(target.split(sizes, 1), prediction.split(sizes, 1), strict=True):  # (n, k) of each classifier
-            log_t, log_p = a / column_temperature, (b / row_temperature).log_softmax(1)
-            if column_softmax:  # log_softmax of a logarithm divides by the sum
+            log_t, log_p = a / column_temperature, (b / row_temperature).log_softmax(1)  # t keeps its gradient
+            if column_softmax:  # log_p.log_softmax(0) = log(p / p.sum(0))
                 log_t, log_p = log_t.log_softmax(0), log_p.log_softmax(0) + math.log(len(b) / b.shape[1])
             losses[name] -= (log_t.softmax(1) * log_p).sum(1).mean() / len(sizes)
     return {"loss": (losses["loss12"] + losses["loss21"]) / 2} | losses
@@ -60,10 +60,10 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.LeakyReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, as in loss_fn, for the metrics
+        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
-        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # the length of each class's weights, learned
+        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # learned; s = gain × cosine
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -97,7 +97,7 @@ def main():
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -1,11 +1,11 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): from exp(s / epsilon), three times: divide columns by their sums, then rows by theirs       (Eq. 5)
+    q = Sinkhorn(s): of exp(s / epsilon), three times, divide columns by their sums, then rows by theirs         (Eq. 5)
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: Sinkhorn gives all prototypes about equal shares. `--no-sinkhorn` takes softmax(s / epsilon).
+What prevents collapse: all prototypes are targets equally often. One z for all cannot predict that. (`--no-sinkhorn`)
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py
@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -30,7 +30,7 @@ def add_flags(parser):
     parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
     parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if q stays uniform")
     parser.add_argument("--queue", type=common.integer(0), default=0, help="past embeddings, used from epoch 15 on")
-    parser.add_argument("--no-sinkhorn", action="store_true", help="softmax instead of equal shares; collapses")
+    parser.add_argument("--no-sinkhorn", action="store_true", help="q = softmax(s / epsilon); collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
 
 
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines s (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier`: (m, k), of a queue, or (0, k)."""
+    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier`: cosines (m, k) of a queue."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # exp, where rows have sum 1 already
+        q = log_q.softmax(1)[: len(s)]  # exp, because rows have sum 1 (softmax, with no iteration)
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -58,7 +58,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
         )  # fmt: skip
-        self.temperature = 0.1  # of p, as in loss_fn, for the metrics
+        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)
         self.normalise_prototypes()
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, the newest first
@@ -90,14 +90,14 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # fixed in epoch 0 as published
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # epoch 0: fixed, as published
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows, if several
-            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # as many as are in it
+            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # rows filled
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (2, m, k): of each view (m, k)
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

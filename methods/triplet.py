@@ -22,13 +22,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
     parser.add_argument("--margin", type=common.number(0), default=1.0, help="squared distance; 4 is like infinity")
     parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="which each anchor has")
 
@@ -88,7 +88,7 @@ def main():
             terms = loss_fn(z1, z2, margin=args.margin, negatives=args.negatives)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -1,16 +1,16 @@
 """VICReg: make two views agree, keep the variance of every dimension up, and decorrelate the dimensions.
 
-    loss = 25 mean_ij (Z1_ij - Z2_ij)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                                 (Eq. 6)
+    loss = 25 mean_ij (Z1_ij - Z2_ij)² + 25 [v(Z1) + v(Z2)] / 2 + c(Z1) + c(Z2)                             (as Eq. 6)
     v(Z) = mean_j max(0, 1 - sqrt(Var(Z)_j + 0.0001)),  c(Z) = Σ_{j≠k} Cov(Z)_jk² / d
 
 Z1 and Z2 (n, d) are the embeddings of two views of n images. Var and Cov are over the batch, with n - 1.
 
-What prevents collapse: `variance` keeps each dimension's standard deviation near 1, `covariance` keeps dimensions from
-being copies of each other. `--variance-weight 0` and `--covariance-weight 0` remove them.
+What prevents collapse: `variance` (v) grows if a dimension's standard deviation falls below 1, `covariance` (c) if
+dimensions become copies of each other. `--variance-weight 0` and `--covariance-weight 0` remove these terms.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam instead of LARS, projector 2048 wide, not 8192. As in the authors' code, the first term is
-a mean over j, not a sum, and the two v are averaged, not added (`--sum-variance`). Run: python methods/vicreg.py
+Departs from the paper: Adam, not LARS; projector 2048 wide, not 8192. Eq. 6 sums the first term over j and adds the two
+v (as `--sum-variance` does). As in the authors' code, both are means here. Run: python methods/vicreg.py
 """
 
 import sys
@@ -22,13 +22,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # ours
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
     parser.add_argument("--invariance-weight", type=common.number(0), default=25.0, help="of the views' agreement")
     parser.add_argument("--variance-weight", type=common.number(0), default=25.0, help="0: total collapse")
     parser.add_argument("--covariance-weight", type=common.number(0), default=1.0, help="0: dimensional collapse")
@@ -87,7 +87,7 @@ def main():
             terms = loss_fn(z1, z2, weights=weights, sum_variance=args.sum_variance)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -7,8 +7,8 @@ z are the embeddings (d dimensions) of one view in a part of the batch (`--part-
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `none` all z may become one vector. By the cosine, a group of images may share
-one point: their cosines are 1, and the covariance can come from the other images.
+dimensions may become copies of one, with `none` all z may become one vector. The cosine ignores the lengths of w, so
+many images may share one point near 0 (cosine 1), while a few with long w make the covariance.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: Euclidean distance (its code's --no_norm), not the cosine; learning rate falls along a cosine;
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: changes to common.AUGMENT["strong"], explained there. SIZES: changes to common.SIZES, for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
 SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. A part needs more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: parts of more than d images."""
     part, white = min(len(z1), part_size), []
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no float64
@@ -50,9 +50,9 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
             cov = w.mT @ w / (part - 1)  # (parts, d, d)
-            # Minus, not plus: a covariance that is singular except for rounding must fail.
+            # A covariance that is singular up to rounding must fail, hence minus. (Others add a small term.)
             lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # info > 0: failed; NaN ends the run
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: a NaN loss, end_step stops
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
@@ -97,7 +97,7 @@ def main():
             terms = loss_fn(z1, z2, distance=args.distance, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # over processes: each has the gradient that comes through its own rows
+            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
             optimizer.step()
             run.step += 1
             run.end_step(terms)
