@@ -3,17 +3,17 @@
     loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))         (Eq. 1)
     invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
-h is the backbone's output for a view. W (f, c) holds the codes, which are random signs and never trained. p1_i and p2_i
-(c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over a batch of n images.
-If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1).
+h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
+p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
+If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1), eps = 1e-8.
 
 What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
-all cannot do that: its norm is fixed, and some codes lie nearer. If z fill few dimensions, only codes near these win.
-`--beta 10` lets invariance win. What to expect: p starts soft, with a loss near beta log c. At beta 0.05 it stays there
-while features learn: sharp p have invariance 0 but, with n images on n codes, a prior of log(c / n).
+all cannot do that if c >> f: no z of norm sqrt(f) is as near to all codes. z in few dimensions are near to few codes.
+`--beta 10` lets them collapse. What to expect: p starts soft, with a loss near beta log c. At beta 0.05 it stays soft
+while features learn: one-hot p with n images on n codes have invariance 0, but a prior of log(c / n), which costs more.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: z and tau are not divided by sqrt(n). KL(mean p || u) as in Appendix N, not CE(u, mean p).
+Departs from the paper: z and tau are not divided by sqrt(n), which cancels. The prior is Appendix N's, not Eq. 2's.
 Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
 """
 
@@ -46,7 +46,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c): `loss`, `invariance`, `prior`."""
+    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c). tau: `Model.temperature`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -86,13 +86,13 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim
+        d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
         self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)  # tau: d is f above, and eps 1e-8
-        # The paper divides z and tau by sqrt(n). "tanh-unscaled", the authors' code, divides tau alone.
+        # The paper divides z and tau by sqrt(n), "tanh-unscaled", as in the authors' code, tau alone.
         self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 

@@ -3,10 +3,10 @@
     loss = -mean_i log( exp(sim(z_i, z_j(i)) / temperature) / Σ_{k≠i} exp(sim(z_i, z_k) / temperature) )        (Eq. 1)
 
 z_i are the embeddings of the 2n views of n images, j(i) is the other view of view i's image, and sim is the cosine. The
-loss is the sum of `alignment`, which is the numerator's part, and `uniformity`, which is the denominator's.
+loss is `alignment`, the numerator's part, plus `uniformity`, the denominator's.
 
-What prevents collapse: the sum grows when z_i comes close to views of other images, so images push each other apart. A
-high `--temperature` makes the push weak.
+What prevents collapse: the denominator grows when z_i comes close to other images, so images push each other apart. At
+a high `--temperature` it pushes near and far images alike, which is weak.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020.
 Departs from the paper: Adam on batches of 512, not LARS on 4096. Its code doubles Eq. 1. Run: python methods/simclr.py
@@ -27,7 +27,7 @@ SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512)  # W-MSE authors' code
+    parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512)  # as in W-MSE's code, for SimCLR
     parser.add_argument("--temperature", type=common.number(0.001), default=0.5, help="the paper's best for CIFAR-10")
 
 
@@ -38,8 +38,8 @@ def loss_fn(z1, z2, *, temperature=0.5):
     """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `alignment` and `uniformity`."""
     z = nn.functional.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T / temperature  # (2n, 2n)
-    alignment = -similarity.diagonal(len(z1)).mean()  # row i and column i + n are two views of image i
-    uniformity = similarity.fill_diagonal_(-torch.inf).logsumexp(1).mean()
+    alignment = -similarity.diagonal(len(z1)).mean()  # (i, i + n), with n = len(z1): image i's two views
+    uniformity = similarity.fill_diagonal_(-torch.inf).logsumexp(1).mean()  # exp(-inf) = 0: without k = i
     return {"loss": alignment + uniformity, "alignment": alignment, "uniformity": uniformity}
 
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim
+        d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),

@@ -7,12 +7,12 @@ z are the embeddings (d dimensions) of one view in a part of the batch (`--part-
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `none` all z may become one vector. The cosine ignores the lengths of w, so
-many images may share one point near 0 (cosine 1), while a few with long w make the covariance.
+dimensions may become copies of one, with `none` all z may become equal. The cosine is weaker, too. It ignores lengths:
+many images may share one short w (their cosine is 1), while a few long w make the covariance.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance (its code's --no_norm), not the cosine; learning rate falls along a cosine;
-batches are cut into parts in order, unshuffled. Run: python methods/wmse.py
+Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; a smoother learning rate;
+parts are consecutive rows, not shuffled. Run: python methods/wmse.py
 """
 
 import sys
@@ -50,9 +50,9 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
             cov = w.mT @ w / (part - 1)  # (parts, d, d)
-            # A covariance that is singular up to rounding must fail, hence minus. (Others add a small term.)
+            # Minus a little, so that a covariance that is singular up to rounding fails.
             lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: a NaN loss, end_step stops
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: NaN, which end_step reports
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
@@ -66,7 +66,7 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
             common.fail(f"--embedding-dim {args.embedding_dim} needs a --part-size and a --batch-size of twice that")
-        d = args.projector_dim
+        d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, args.embedding_dim, bias=False),
