@@ -4,14 +4,25 @@ python tests/results.py add RUN ...   stores what finished runs have come to, as
 python tests/results.py               writes the page's tables again, from what is stored
 """
 
+import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from claims import CLAIMS
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import analyze  # noqa: E402
+import evaluate  # noqa: E402
+
 STORE, PAGE = ROOT / "methods" / "results", ROOT / "methods" / "README.md"
+MIXTURES = (10, 50, 200)  # sizes of the mixtures whose entropy is stored
 
 
 def add(folder):
@@ -20,6 +31,11 @@ def add(folder):
         header, *epochs = [json.loads(line) for line in file]
     command = [sys.executable, str(ROOT / "evaluate.py"), folder, "--init", "--json"]
     untrained, trained = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    options = argparse.Namespace(checkpoints=[folder], init=False, dataset=None, data_dir=None)
+    jobs = evaluate.read_checkpoints(options)
+    ((model, data),) = evaluate.networks(jobs, options, torch.device("cpu"))
+    analysis, arrays, _ = analyze.measure(folder, model, data, MIXTURES, tqdm(disable=True))
+    spectrum = arrays["spectrum_embedding"]
     flags = [f"methods/{header['args']['method']}.py"]
     skip = False
     for word in header["argv"][1:]:
@@ -31,10 +47,19 @@ def add(folder):
     for key, row in (("untrained", untrained), ("trained", trained)):
         record[key] = {k: round(row[k], 4) if isinstance(row[k], float) else row[k] for k in figures}
     for key in ("center_norm", "effective_rank", "correlation", "used_codes", "assignment_entropy"):
-        if key in epochs[-1]:
-            record["trained"][key] = float(f"{epochs[-1][key]:.4g}")
+        for kind, epoch in (("untrained", epochs[0]), ("trained", epochs[-1])):
+            if key in epoch:
+                record[kind][key] = float(f"{epoch[key]:.4g}")
+    speeds = [epoch["images_per_second"] for epoch in epochs if "images_per_second" in epoch]
+    record["trained"] |= {
+        "views_per_second": round(2 * statistics.median(speeds)),
+        "verdicts": {mode: report["verdict"] for mode, report in analysis["diagnosis"].items()},
+        "mixture": {k: round(entropy, 4) for k, entropy in analysis["entropy"]["mixture"].items()},
+        "spectrum": [float(f"{value / max(spectrum[0], 1e-30):.3g}") for value in spectrum],
+    }
     STORE.mkdir(exist_ok=True)
-    (STORE / f"{Path(folder).name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    (STORE / f"{Path(folder).name}.json").write_text("{" + ",\n ".join(lines) + "}\n")
 
 
 def load():
@@ -112,7 +137,46 @@ def cifar(runs):
             yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
 
 
-TABLES = {"shapes": shapes, "ablations": ablations, "cifar": cifar}
+PHOTOGRAPHS = "--dataset folder --data-dir cifar --image-size 16 --width 16"
+
+
+def figures(runs, stem):
+    """A run's figures, means over its seeds; `start` holds those of the untrained network."""
+    its = seeds(runs, stem)
+
+    def means(kind):
+        first = its[0][kind]
+        return {key: mean(its, kind, key) for key in first if isinstance(first[key], int | float)}
+
+    out = means("trained") | {"start": means("untrained")}
+    out["share"] = out["rank"] / out["dimensions"]
+    if "mixture" in its[0]["trained"]:
+        out["mixture200"] = mean(its, "trained", "mixture", "200")
+    return out
+
+
+def claims(runs):
+    yield "| paper | says | made by | measured here | holds |"
+    yield "|---|---|---|---|---|"
+    for source, says, made, *rest in CLAIMS:
+        if made is None:
+            by, shown, holds = "", rest[0], "not run"
+        elif isinstance(made, str):
+            by, shown, holds = f"`python -m pytest {made}`", "as the tests say", "yes"
+        else:
+            commands = []
+            for stem in made:
+                its = seeds(runs, stem)
+                flags = its[0]["command"].removeprefix("python methods/").replace(".py", "").replace(PHOTOGRAPHS, "…")
+                words = re.sub(r" --seed \d", "", flags) + (f", {len(its)} seeds" if len(its) > 1 else "")
+                commands.append(f"`{words}`")
+            measured = [figures(runs, stem) for stem in made]
+            by, shown = "<br>".join(commands), rest[0].format(*measured)
+            holds = "yes" if rest[1](*measured) else "**no**"
+        yield f"| {source} | {says} | {by} | {shown} | {holds} |"
+
+
+TABLES = {"shapes": shapes, "ablations": ablations, "cifar": cifar, "claims": claims}
 
 
 def page(text, runs):

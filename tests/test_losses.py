@@ -477,6 +477,20 @@ def test_dino_is_its_equation(methods, n, c, scale):
     assert not torch.autograd.grad(terms["loss"], [t1], allow_unused=True)[0]
 
 
+def test_dino_gradient_as_the_temperatures_fall(methods):
+    """Center-vector paper, Eq. 31: times the temperature, the student's e_max minus the centered teacher's."""
+    n, c, temperature = 6, 9, 1e-5
+    s1, s2 = random_views(n, c)
+    t1, t2 = random_views(n, c, seed=1)
+    center = torch.randn(c, dtype=F64)
+    loss_fn = methods["dino"].loss_fn
+    loss = loss_fn(s1, s2, t1, t2, center, teacher_temperature=temperature, temperature=temperature)["loss"]
+    for s, t in ((s1, t2), (s2, t1)):
+        (gradient,) = torch.autograd.grad(loss, s, retain_graph=True)
+        expected = torch.eye(c, dtype=F64)[s.argmax(1)] - torch.eye(c, dtype=F64)[(t - center).argmax(1)]
+        torch.testing.assert_close(temperature * gradient, expected / (2 * n))
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-centering"]])
 def test_dino_center_by_hand(flags, methods, run, monkeypatch):
     """center <- 0.9 center + 0.1 mean over both views, after the step; left at 0 without centering."""

@@ -1,9 +1,11 @@
 """The tables of methods/README.md are what the stored runs say, and each stored command is one that can be run."""
 
 import argparse
+import re
 
 import pytest
 import results
+from claims import CLAIMS
 from conftest import METHODS
 
 import common
@@ -40,3 +42,10 @@ def test_every_method_learns_on_the_shapes(method):
     """In each of three seeds kNN is at least 0.10 above the untrained network's."""
     gains = [results.gain(run, "knn") for run in results.seeds(RUNS, f"shapes-{method}")]
     assert len(gains) == 3 and min(gains) >= 0.10
+
+
+def test_claims_name_tests_that_exist():
+    for _, _, made, *_ in CLAIMS:
+        if isinstance(made, str):
+            path, _, word = made.partition(" -k ")
+            assert re.search(rf"^def test_\w*{word}", (results.ROOT / path).read_text(), re.M), made
