@@ -5,16 +5,15 @@
 
 h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
 p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
-If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1), eps = 1e-8.
+If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1).
 
 What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
 all cannot do that if c >> f: no z of norm sqrt(f) is as near to all codes. z in few dimensions are near to few codes.
-`--beta 10` lets them collapse. What to expect: p starts soft, with a loss near beta log c. At beta 0.05 it stays soft
-while features learn: one-hot p with n images on n codes have invariance 0, but a prior of log(c / n), which costs more.
+`--beta 10` collapses. Expect a loss near beta log c, because p stay soft: n images with one-hot p cost log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: z and tau are not divided by sqrt(n), which cancels. The prior is Appendix N's, not Eq. 2's.
-Run: python methods/cplearn.py --c 16384  (ResNet-18: --projector-dim 2048 --beta 1 --activation tanh-unscaled)
+Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of Appendix N; p sharper, beta smaller (its
+own: `--eps 1e-8 --beta 1`, in its code also `--activation tanh-unscaled`). Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -29,13 +28,14 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"c": 1024, "beta": 0.25}} | {name: {"c": 64, "beta": 0.5} for name in common.TOYS}
+SIZES = {"shapes": {"c": 1024, "beta": 0.25, "eps": 1e-8}} | {t: dict(c=64, beta=0.5, eps=1e-8) for t in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-4, projector_dim=128)  # f, c, beta: Table 7
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
     parser.add_argument("--c", type=common.integer(2, 2**26), default=16384, help="number of codes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
+    parser.add_argument("--eps", type=common.number(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
     parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
@@ -91,9 +91,8 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        self.temperature = d / math.log((1 - 1e-8 * (args.c - 1)) / 1e-8)  # tau: d is f above, and eps 1e-8
-        # The paper divides z and tau by sqrt(n), "tanh-unscaled", as in the authors' code, tau alone.
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1
+        self.temperature = d / math.log((1 - args.eps * (args.c - 1)) / args.eps)  # tau; d is f above
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as its code
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):
