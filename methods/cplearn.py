@@ -5,15 +5,15 @@
 
 h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
 p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
-If z is a code, its score in Wᵀz is f, others are about ±sqrt(f), and tau makes its p about 1 - eps (c - 1).
+If z equals a code, its score in Wᵀz is f. With tau = f / log((1 - eps (c - 1)) / eps) its p is about 1 - eps (c - 1).
 
-What prevents collapse: the prior. It is log c if all images use one code, 0 if all codes are used equally. One z for
-all cannot do that if c >> f: no z of norm sqrt(f) is as near to all codes. z in few dimensions are near to few codes.
-`--beta 10` collapses. Expect a loss near beta log c, because p stay soft: n images with one-hot p cost log(c / n).
+What prevents collapse: the prior. It is log c if all images use one code, 0 if the mean p is uniform. One z for all
+images cannot make it uniform if c >> f, because its scores differ. If z lie in few dimensions, few codes score high.
+`--beta 10` collapses. Expect a loss of about beta log c: p stay soft, because one-hot p of n images cost log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of Appendix N; p sharper, beta smaller (its
-own: `--eps 1e-8 --beta 1`, in its code also `--activation tanh-unscaled`). Run: python methods/cplearn.py --c 16384
+Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of its Appendix N; smaller eps and beta (the
+paper's: `--eps 1e-8 --beta 1`; its code adds `--activation tanh-unscaled`). Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -37,7 +37,7 @@ def add_flags(parser):
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--eps", type=common.number(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
-    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
+    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="see loss_fn")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
     parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
 
@@ -46,7 +46,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c). tau: `Model.temperature`."""
+    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c). tau as above."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -89,10 +89,10 @@ class Model(nn.Module):
         d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
-            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
+            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # sqrt(d) l2norm
         )  # fmt: skip
         self.temperature = d / math.log((1 - args.eps * (args.c - 1)) / args.eps)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # as its code
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # in its code
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):

@@ -2,10 +2,10 @@
 
     loss = prior_weight prior + beta invariance + generative_weight generative,  p = softmax(s)
     prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
-    generative = mean_i log p(x̃_i) - mean_i log p(x1_i),  log p(x) = log Σ_j exp s_j(x) - log Z  (Z cancels)
+    generative = mean_i F(x̃_i) - mean_i F(x1_i),  F(x) = log Σ_j exp s_j(x), a log density up to a constant
 
 z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (off
-in "GEDI no gen") raises p(x), a density, at images and lowers it at its samples x̃, drawn by Langevin dynamics.
+in "GEDI no gen") raises F at images and lowers it at x̃, samples of the density, drawn by Langevin dynamics.
 
 What prevents collapse: the prior, log c if all classes are used equally, else more. `--prior-weight 0` removes it.
 CPLearn has the same loss, but fixed random classes and a fixed norm of z: by its Theorem 1 each z ends along one class.
@@ -41,11 +41,11 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
-    """The loss and its terms. s: scores (n, c). log_real, log_fake: log p (n,) of images, samples. All float32."""
+    """The loss and its terms. s: scores (n, c). log_real, log_fake: F (n,) of images, samples. All float32."""
     n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
     log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
-    prior = -log_m.mean()
+    prior = -log_m.mean()  # over classes, u = 1 / c, and views
     generative = (log_fake - log_real).mean() if weights[2] else torch.zeros_like(prior)
     loss = weights[0] * prior + weights[1] * invariance + weights[2] * generative
     return {"loss": loss, "invariance": invariance, "prior": prior, "generative": generative}
@@ -61,7 +61,7 @@ class Model(nn.Module):
             nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
         )  # fmt: skip
         self.classes = nn.Linear(128, args.c)
-        self.temperature = 1.0  # for the metrics: scores are already divided
+        self.temperature = 1.0  # for the metrics: scores() divides already
         shape = (2,) if args.dataset in common.TOYS else (3, args.image_size, args.image_size)
         self.register_buffer("samples", torch.randn(10000 if args.generative_weight else 0, *shape))
 
@@ -69,11 +69,11 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.classes(z.float()).float() / 0.36  # standard deviation at the start 1.6, as in CPLearn
+        return self.classes(z.float()).float() / 0.36  # so that s start with standard deviation 1.6
 
     def log_densities(self, x1, step):
-        """log p of images and of as many samples: 20 Langevin steps from stored samples, a twentieth from new noise."""
-        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # fixed norms
+        """F of images and of as many samples: 20 Langevin steps on from stored samples, one in 20 of them new noise."""
+        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # fixed statistics
         torch.manual_seed(step)  # all processes, and a resumed run, draw the same
         chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
         self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
@@ -82,7 +82,7 @@ class Model(nn.Module):
             (gradient,) = torch.autograd.grad(log_p(x.requires_grad_()).sum(), x)
             noise = torch.randn_like(self.samples[:n]).chunk(common.world_size())[common.rank()]
             x = (x + 0.005 * gradient + 0.1 * noise).detach()  # 0.005: half the noise's variance
-        (self.samples[chosen],) = common.gather(x)
+        (self.samples[chosen],) = common.gather(x)  # of all processes
         densities = log_p(x1), log_p(x)
         self.train()
         return densities

@@ -5,13 +5,13 @@
     p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k   (of the other view)
 
 s (n, k): one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y); with all classes
-equally likely, t_iy is p(y | x_i) by Bayes' rule. Several classifiers have k, 2k, 4k, ... classes; their mean is taken.
+equally likely, t_iy is p(y | x_i) by Bayes' rule. Classifiers have k, 2k, 4k, ... classes; losses are averaged.
 
 What prevents collapse: if all images have the same scores, the loss is log k. It is near 0 if views agree and classes
 have n / k images each (n < k: log(k / n)). With `--no-column-softmax`, without division by columns, one class wins.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
-Departs from the paper: Adam; two views, not eight; no queue of neighbours. Run: python methods/self_classifier.py
+Departs from the paper: Adam; two views, not eight; no neighbours as positives. Run: python methods/self_classifier.py
 """
 
 import math
@@ -44,7 +44,7 @@ def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_t
     losses = {"loss12": 0.0, "loss21": 0.0}
     for name, target, prediction in (("loss12", s1, s2), ("loss21", s2, s1)):
         for a, b in zip(target.split(sizes, 1), prediction.split(sizes, 1), strict=True):  # (n, k) of each classifier
-            log_t, log_p = a / column_temperature, (b / row_temperature).log_softmax(1)  # t keeps its gradient
+            log_t, log_p = a / column_temperature, (b / row_temperature).log_softmax(1)  # no stop-gradient
             if column_softmax:  # log_p.log_softmax(0) = log(p / p.sum(0))
                 log_t, log_p = log_t.log_softmax(0), log_p.log_softmax(0) + math.log(len(b) / b.shape[1])
             losses[name] -= (log_t.softmax(1) * log_p).sum(1).mean() / len(sizes)
@@ -63,7 +63,7 @@ class Model(nn.Module):
         self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
-        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # learned; s = gain × cosine
+        self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # as weight norm has it; s = gain × cosine
 
     def forward(self, x):
         return self.head(self.backbone(x))
