@@ -28,7 +28,8 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"c": 1024, "beta": 0.25, "eps": 1e-8}} | {t: dict(c=64, beta=0.5, eps=1e-8) for t in common.TOYS}
+SMALL = {"eps": 1e-8, "weight_decay": 1e-4}
+SIZES = {"shapes": {"c": 1024, "beta": 0.25} | SMALL} | {name: {"c": 64, "beta": 0.5} | SMALL for name in common.TOYS}
 
 
 def add_flags(parser):
