@@ -6,8 +6,8 @@
 Z1 and Z2 (n, d) are the embeddings of two views of n images, each column standardised over the batch. So C_ij is the
 correlation of dimension i of view 1 with dimension j of view 2. The sums are called `invariance` and `redundancy`.
 
-What prevents collapse: a constant column standardises to 0, so that C_ii = 0 and the first sum grows. The second sum
-grows if columns are copies of each other. `--lambda-offdiag 0` removes the second sum.
+What prevents collapse: a constant column standardises to 0, so C_ii = 0, which costs 1 in the first sum. The second
+sum grows if columns are copies of each other. `--lambda-offdiag 0` removes the second sum.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
 Departs from the paper: Adam; lambda 0.0051, not 0.005; projector 2048, not 8192. Run: python methods/barlow_twins.py
@@ -38,7 +38,7 @@ def add_flags(parser):
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` and `redundancy`."""
     # Batch norm without parameters standardises columns. It divides by n, not n - 1, so identical views have C_ii = 1.
-    # Centered before, a constant column is exactly 0.
+    # Centered before, a constant column is exactly 0, without rounding that the division would enlarge.
     z1, z2 = (nn.functional.batch_norm(z - z.mean(0), None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
@@ -78,11 +78,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

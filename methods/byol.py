@@ -1,14 +1,14 @@
 """BYOL: predict what a slowly moving average of the network, the teacher, makes of the other view.
 
-    loss = 2 - 2 cos(p1, t2) + 2 - 2 cos(p2, t1),  mean over the images                                         (Eq. 2)
+    loss = mean over images of [2 - 2 cos(p1, t2)] + [2 - 2 cos(p2, t1)]                                        (Eq. 2)
     teacher <- m teacher + (1 - m) student  after each step;  m rises from `--momentum` to 1 along a half cosine
 
 p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections.
 
-What prevents collapse: the predictor and a slow teacher without gradient. `--no-predictor --momentum 0` removes them.
+What prevents collapse: the predictor and a slow teacher without gradient. `--no-predictor --momentum 0` take them away.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: SGD, batches of 128. Batch norm statistics are not averaged. Run: python methods/byol.py
+Departs from the paper: SGD, batches of 128. The teacher averages weights alone. Run: python methods/byol.py
 """
 
 import sys
@@ -84,11 +84,11 @@ def main():
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
-            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32; all processes' rows, if several
+            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32; all processes' rows
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1

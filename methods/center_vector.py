@@ -1,15 +1,15 @@
 """Center vector: make two views agree and keep the mean of all embeddings, the center vector, short.
 
-    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all 2n embeddings                   (Eq. 32)
+    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all 2n embeddings             (after Eq. 32)
 
-z1_i and z2_i are the embeddings of two views of image i, scaled to length 1. Terms: `invariance`, and `center`, ||s||².
+z1_i, z2_i: embeddings of image i's two views, scaled to length 1. Terms: `invariance` (the first), `center` (||s||²).
 
-What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. At weight 1 the loss is minus half the
-trace of the covariance between the views, so one point for all is the worst. `--center-weight 0` removes the penalty.
+What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. With views that agree, weight 1 makes the
+loss -½ (1 - ||s||²). So one point is worst, mean 0 best, be it by two opposite points. (`--center-weight 0`)
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s itself. The cosine of Eq. 4
-replaces the squared distance of Eq. 32, so weight 1 here is weight 2 there. Run: python methods/center_vector.py
+replaces its squared distance, 2 - 2 cosine, so weight 1 here is weight 2 there. Run: python methods/center_vector.py
 """
 
 import sys
@@ -76,11 +76,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

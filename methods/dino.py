@@ -90,12 +90,12 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 y1, y2 = model.teacher(x1), model.teacher(x2)
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows, if several
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows
             t1, t2 = common.gather(model.teacher.scores(y1), model.teacher.scores(y2))
             terms = loss_fn(s1, s2, t1, t2, model.center, teacher_temperature=args.teacher_temperature)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)

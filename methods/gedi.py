@@ -110,7 +110,7 @@ def main():
             terms = loss_fn(s1, s2, *densities, weights=(args.prior_weight, args.beta, args.generative_weight))
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

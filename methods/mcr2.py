@@ -4,13 +4,13 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates: the nats that an embedding takes if it may be off by epsilon, in the batch or among its image's views.
+are coding rates, nats for an embedding off by up to epsilon. An epsilon above 1, the length, only sets the scale.
 
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
 "Learning Diverse and Discriminative Representations via ... Maximal Coding Rate Reduction", Yu et al., NeurIPS 2020.
 Departs from the paper: optimizer; head; two views of many images, not 50 views of 20; epsilon 16, not 0.7. At 0.7
-an image's two views end at right angles, where compression has no gradient. Run: python methods/mcr2.py
+expansion wins: an image's views end at right angles, where compression is flat. Run: python methods/mcr2.py
 """
 
 import sys
@@ -30,7 +30,7 @@ SIZES = {}
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
     parser.add_argument("--epsilon", type=common.number(0.001), default=16.0, help="error that a code allows")
-    parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="of the batch; 0: collapse")
+    parser.add_argument("--expansion-weight", type=common.number(0), default=1.0, help="of expansion; 0: collapse")
 
 
 # --- the method
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
     """Compression minus expansion of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
-    # In double, because the determinant of a large matrix is coarse in float32; mps has no better.
+    # In double: float32 is too coarse for the determinant of a large matrix. mps has no double.
     w1, w2 = (nn.functional.normalize(z if z.device.type == "mps" else z.double(), dim=1) for z in (z1, z2))
     w, d, a = torch.cat([w1, w2]), z1.shape[1], z1.shape[1] / (2 * epsilon**2)
     gram = w.T @ w if d < len(w) else w @ w.T  # the smaller one: both give the same determinant
     identity = torch.eye(len(gram), dtype=w.dtype, device=w.device)
-    lower = torch.linalg.cholesky_ex(identity + a / len(z1) * gram)[0]  # cannot fail, so its check is left out
-    expansion = lower.diagonal().log().sum().to(z1)  # half of logdet, which is twice this sum
+    lower = torch.linalg.cholesky_ex(identity + a / len(z1) * gram)[0]  # positive definite, so it cannot fail
+    expansion = lower.diagonal().log().sum().to(z1)  # logdet is twice this sum
     cosine = (w1 * w2).sum(1)  # Z_i Z_iᵀ, of two unit vectors, has the eigenvalues 1 + cosine and 1 - cosine
     compression = ((1 + a * (1 + cosine)).log() + (1 + a * (1 - cosine)).log()).mean().to(z1) / 2
     loss = compression - expansion_weight * expansion
@@ -83,11 +83,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
             terms = loss_fn(z1, z2, epsilon=args.epsilon, expansion_weight=args.expansion_weight)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -2,13 +2,13 @@
 
     loss = -½ [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ],  mean over the images                           (Eqs. 1 and 2)
 
-z1, z2: the projections of an image's two views. p1, p2: a predictor's outputs for them. stop(z): z without gradient.
+z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
-What prevents collapse: predictor and stop-gradient together. Without one of them all z drift to one direction.
+What prevents collapse: predictor and stop-gradient together. Without either, all images come to have the same z.
 `--no-predictor` and `--no-stop-gradient` remove them.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: weight decay 5e-4. The predictor's learning rate falls, too. Run: python methods/simsiam.py
+Departs from the paper: the predictor's learning rate falls like the others'. Run: python methods/simsiam.py
 """
 
 import sys
@@ -77,11 +77,11 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
-            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # float32; all processes' rows, if several
+            p1, p2, z1, z2 = common.gather(p1, p2, z1, z2)  # float32; all processes' rows
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

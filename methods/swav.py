@@ -91,13 +91,13 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
             model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # epoch 0: fixed, as published
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows, if several
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows
             m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # rows filled
             earlier1, earlier2 = model.scores(model.queue[:, :m])  # (2, m, k): of each view (m, k)
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

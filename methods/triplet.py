@@ -6,8 +6,8 @@
 z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each is the anchor z_a in
 turn. z_p is the other view of its image, z_n each view of each other image. A margin of 4 is like infinity (Eq. 6).
 
-What prevents collapse: the negatives z_n. `--negatives none` removes them. With `--negatives hardest` each anchor has
-only its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
+What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--negatives none` removes them. `hardest`
+leaves each anchor its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: it names no settings for images, so these are ours. Run: python methods/triplet.py
@@ -37,7 +37,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
-    """Eq. 5 of two views' embeddings (n, d), float32: scalars `loss`, `positive` and `negative`."""
+    """Eq. 5 of two views' embeddings (n, d), float32: `loss`, mean cosines `positive`, `negative`."""
     n, z = len(z1), nn.functional.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T  # (2n, 2n), a row for each anchor; rows i and i + n are two views of image i
     positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
@@ -47,7 +47,7 @@ def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
     if negatives == "hardest":
         negative = negative.amax(1, keepdim=True)
     if negatives == "none":
-        negative = torch.ones_like(positive)  # a constant that leaves only attraction
+        negative = torch.ones_like(positive)  # a constant: only attraction is left
     loss = (negative - positive + margin / 2).relu().mean()
     return {"loss": loss, "positive": positive.mean(), "negative": negative.mean()}
 
@@ -84,11 +84,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
             terms = loss_fn(z1, z2, margin=args.margin, negatives=args.negatives)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -93,11 +93,11 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows, if several
+            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
             terms = loss_fn(z1, z2, distance=args.distance, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum, not mean: each process has only the gradient through its own rows
+            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
             optimizer.step()
             run.step += 1
             run.end_step(terms)

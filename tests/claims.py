@@ -11,7 +11,7 @@
 
 from itertools import pairwise
 
-A = "Report"  # "Preventing Collapses When Training Self-Supervised Models"
+A = "Report"  # "Preventing Collapses in Non-Contrastive Self-Supervised Learning"
 B = "CPLearn"  # "Collapse-Proof Non-Contrastive Self-Supervised Learning"
 C = "Center"  # "The Common Stability Mechanism behind most Self-Supervised Learning Approaches"
 
