@@ -89,7 +89,7 @@ def projection(ledger, gpu):
 # What grows, and what a step then takes: method, and flags that are compared with its default settings.
 GROWTH = {
     "barlow_twins": ("--batch-size 1024", "--projector-dim 8192", "--image-size 64", "--backbone resnet50"),
-    "cplearn": ("--c 1048576",),
+    "cplearn": ("--c 512", "--c 1048576"),
 }
 
 
@@ -178,7 +178,7 @@ def report():
     for method, changes in GROWTH.items():
         usual = projection(count_step(method), "H100")
         for flags in changes:
-            print(f"  {method} {flags}: {projection(count_step(method, *flags.split()), 'H100') / usual:.1f}")
+            print(f"  {method} {flags}: {projection(count_step(method, *flags.split()), 'H100') / usual:.2f}")
     print(
         f"\nThis machine, {common.find_device(None)}, {torch.get_num_threads()} threads, Barlow Twins, 32 × 32 pixels:"
     )

@@ -163,7 +163,7 @@ def claims(runs):
         if made is None:
             by, shown, holds = "", rest[0], "not run"
         elif not isinstance(made, str) and not all(seeds(runs, stem) for stem in made):
-            by, shown, holds = "", "its runs are not stored yet", "not run"
+            by, shown, holds = "", "not run yet", "not run"
         elif isinstance(made, str):
             by, shown, holds = f"`python -m pytest {made}`", "as the tests say", "yes"
         else:
@@ -171,8 +171,8 @@ def claims(runs):
             for stem in made:
                 its = seeds(runs, stem)
                 flags = its[0]["command"].removeprefix("python methods/").replace(".py", "").replace(PHOTOGRAPHS, "…")
-                words = re.sub(r" --seed \d", "", flags) + (f", {len(its)} seeds" if len(its) > 1 else "")
-                commands.append(f"`{words}`")
+                words = re.sub(r" --seed \d", "", flags)
+                commands.append(f"`{words}`" + (f" ({len(its)} seeds)" if len(its) > 1 else ""))
             measured = [figures(runs, stem) for stem in made]
             by, shown = "<br>".join(commands), rest[0].format(*measured)
             holds = "yes" if rest[1](*measured) else "**no**"
