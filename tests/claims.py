@@ -64,7 +64,7 @@ CLAIMS = [
      lambda with_, without: not point(with_) and point(without)),
     (f"{A}, Sec. 4", "batch norm instead of whitening leaves few dimensions", ["ablation-wmse-whitening-batchnorm"],
      "rank {0[rank]:.1f} of {0[dimensions]:.0f}", flat),
-    (f"{A}, Sec. 4", "BYOL lowers the correlation without asking for it", ["claim-byol-momentum0.99"],
+    (f"{A}, Sec. 4", "BYOL lowers the correlation (there of features, here of embeddings)", ["claim-byol-momentum0.99"],
      "{0[start][correlation]:.2f} untrained, {0[correlation]:.2f}",
      lambda run: run["correlation"] < run["start"]["correlation"]),
     (f"{B}, Fig. 3, Eq. 5", "cosines of random codes have mean 0 and variance 1 / f, for any c",
