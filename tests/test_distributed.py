@@ -51,6 +51,11 @@ SOME = {"strong": ("byol", "cplearn", "self_classifier", "swav", "wmse"), "weak"
 RUNS = [(data, method) for data in DATA for method in METHODS if method in SOME.get(data, METHODS)]
 
 
+def processes(run):
+    """Images in two processes only, because four share two cores."""
+    return PROCESSES if run[0] == "points" else (2,)
+
+
 def rows():
     rng = torch.Generator().manual_seed(0)
     return [torch.randn(12, 8, generator=rng, dtype=torch.float64) for _ in range(2)]
@@ -111,7 +116,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo", f"file://{os.getcwd()}/store-{k}", rank=rank, world_size=k)
         share = slice(rank * 12 // k, (rank + 1) * 12 // k)
         results = {"losses": losses_and_gradients(share), "networks": networks(share)}
-        results["runs"] = {run: train(*run, f"{k}/{'-'.join(run)}")[1] for run in RUNS}
+        results["runs"] = {run: train(*run, f"{k}/{'-'.join(run)}")[1] for run in RUNS if k in processes(run)}
         torch.save(results, f"{k}-{rank}.pt")
         leave()
 
@@ -135,7 +140,7 @@ def several(folder):
     process = launch(__file__, processes=max(PROCESSES), cwd=folder)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    assert out.count("\nknn ") == len(PROCESSES) * len(RUNS)  # one of the k prints
+    assert out.count("\nknn ") == sum(len(processes(run)) for run in RUNS)  # one of the k prints
     return {k: [torch.load(folder / f"{k}-{r}.pt", weights_only=True) for r in range(k)] for k in PROCESSES}
 
 
@@ -183,8 +188,8 @@ def test_training_run(data, method, several, folder, run, monkeypatch):
     before, one = train(data, method, f"1/{data}-{method}")
     for name in ("head.0.weight", "head.1.running_mean", *OTHERS.get(method, [])):
         assert not torch.equal(one[name], before[name])
-    for k, parts in several.items():
-        ends = [part["runs"][data, method] for part in parts]
+    for k in processes((data, method)):
+        ends = [part["runs"][data, method] for part in several[k]]
         assert all(same_state(end, ends[0]) for end in ends)
         assert ends[0].keys() == one.keys()
         for name in one:

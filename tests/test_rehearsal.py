@@ -70,7 +70,8 @@ def test_a_step_of_another_kind_never_waits(flags, device):
 
 def test_a_step_with_langevin_dynamics_never_waits():
     """On fake tensors of the CPU, because these dynamics are a backward pass."""
-    rehearse("gedi", *SMALL, "--c", "64", "--generative-weight", "0.1", device="cpu", watch=NeverWait)
+    flags = ["--backbone", "resnet8", "--c", "64", "--generative-weight", "0.1"]
+    rehearse("gedi", *SMALL, *flags, device="cpu", watch=NeverWait)
 
 
 def before_loss(act):
