@@ -5,7 +5,7 @@
 
 p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections.
 
-What prevents collapse: the predictor and a slow teacher without gradient. `--no-predictor --momentum 0` take them away.
+What prevents collapse: predictor and slow teacher. Without: `--no-predictor --momentum 0`; m then rises from 0.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
 Departs from the paper: SGD, batches of 128. The teacher averages weights alone. Run: python methods/byol.py

@@ -5,7 +5,7 @@
 z1_i, z2_i: embeddings of image i's two views, scaled to length 1. Terms: `invariance` (the first), `center` (||s||²).
 
 What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. With views that agree, weight 1 makes the
-loss -½ (1 - ||s||²). So one point is worst, mean 0 best, be it by two opposite points. (`--center-weight 0`)
+loss -½ (1 - ||s||²). So one point is worst, mean 0 best, be it by two opposite points. `--center-weight 0` frees s.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s itself. The cosine of Eq. 4

@@ -38,7 +38,7 @@ def add_flags(parser):
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--eps", type=common.number(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
-    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="see loss_fn")
+    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
     parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
 
@@ -47,7 +47,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c). tau as above."""
+    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -93,7 +93,7 @@ class Model(nn.Module):
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # sqrt(d) l2norm
         )  # fmt: skip
         self.temperature = d / math.log((1 - args.eps * (args.c - 1)) / args.eps)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # in its code
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau alone
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):

@@ -10,7 +10,8 @@ What prevents collapse: centering, so that no prototype wins everywhere, and sha
 uniform. With `--no-centering` `entropy` falls to 0, with `--teacher-temperature 1` it rises to log k.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
-Departs from the paper: SGD, batch norm, 2048 prototypes, fixed temperature, no small crops. Run: python methods/dino.py
+Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
+Run: python methods/dino.py
 """
 
 import sys

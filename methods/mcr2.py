@@ -4,7 +4,7 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates, nats for an embedding off by up to epsilon. An epsilon above 1, the length, only sets the scale.
+are coding rates, nats for an embedding off by up to epsilon. If it is large, they are nearly quadratic in cosines.
 
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 

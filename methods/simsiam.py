@@ -4,7 +4,7 @@
 
 z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
-What prevents collapse: predictor and stop-gradient together. Without either, all images come to have the same z.
+What prevents collapse: predictor and stop-gradient together. Without either, z fill few dimensions or a point.
 `--no-predictor` and `--no-stop-gradient` remove them.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.

@@ -5,7 +5,7 @@
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: all prototypes are targets equally often. One z for all cannot predict that. (`--no-sinkhorn`)
+What prevents collapse: equal shares. One z for all cannot predict targets that differ. `--no-sinkhorn` removes them.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py

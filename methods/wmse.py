@@ -11,8 +11,8 @@ dimensions may become copies of one, with `none` all z may become equal. The cos
 many images may share one short w (their cosine is 1), while a few long w make the covariance.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; a smoother learning rate;
-parts are consecutive rows, not shuffled. Run: python methods/wmse.py
+Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; parts are not shuffled; the
+learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
 """
 
 import sys
