@@ -382,10 +382,8 @@ def augment(images, parameters, mean, std, size=None):
     order, source = parameters["order"], images.shape[-1]
     parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items() if k != "order"}
     top, left, height, width = parameters["crop"].unbind(1)
-    rows, columns = (
-        resize_matrix(top, height, source, size or source),
-        resize_matrix(left, width, source, size or source),
-    )
+    matrix = functools.partial(resize_matrix, source=source, size=size or source)
+    rows, columns = matrix(top, height), matrix(left, width)
     columns = torch.where(parameters["flip"].view(-1, 1, 1), columns.flip(1), columns)
     x = rows.unsqueeze(1) @ (images / 255) @ columns.unsqueeze(1).mT
     factors = {k: parameters[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation", "hue")}
@@ -475,15 +473,12 @@ def build_backbone(args):
         net.heads = nn.Identity()
         net.num_features = width
     else:
-        block, layers = {
-            "resnet18": (torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]),
-            "resnet50": (torchvision.models.resnet.Bottleneck, [3, 4, 6, 3]),
-        }[args.backbone]
-        width = args.width or 64
+        kinds, width = torchvision.models.resnet, args.width or 64
+        of = {"resnet18": (kinds.BasicBlock, [2, 2, 2, 2]), "resnet50": (kinds.Bottleneck, [3, 4, 6, 3])}
         if width < 16:
             # Then strided 1 × 1 convolutions give wrong gradients on CPUs: github.com/uxlfoundation/oneDNN/issues/6035
             fail(f"{args.backbone} needs --width 16 or more, or --backbone resnet8")
-        net = ResNet(block, layers, width, small)
+        net = ResNet(*of[args.backbone], width, small)
     return net
 
 
@@ -618,7 +613,7 @@ def extract(model, images, data, embeddings=True, batch_size=500):
             # With many codes a few rows at a time, so that no matrix of scores has more than 16 million entries.
             c = model.scores(part["embedding"][:1]).shape[1]
             scores = (model.scores(z) for z in part["embedding"].split(max(1, 2**24 // c)))
-            pairs = [(s.argmax(1), normalised_entropy(s / model.temperature)) for s in scores]
+            pairs = [(s.argmax(1), normalised_entropy(s / getattr(model, "temperature", 1))) for s in scores]
             part["codes"], part["entropy"] = (torch.cat(columns) for columns in zip(*pairs, strict=True))
         for name, rows in part.items():  # into one array, because joining parts would take the memory twice
             if first == 0:
@@ -806,16 +801,20 @@ def add_shared_flags(parser):
 
 def parse_args(file, doc, add_flags, sizes):
     """The checked flags of the script `file`, with its name as `method`: all methods' and those of `add_flags(parser)`.
-    `sizes` holds the method's values on small data sets, by name of the set."""
+    `sizes` holds the method's values on small data sets, by name of the set, and those of `--paper`."""
     parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
     own, shared = parser.add_argument_group("flags of this method"), parser.add_argument_group("flags of all methods")
     add_shared_flags(shared)
     add_flags(own)
+    if "paper" in sizes:
+        own.add_argument("--paper", action="store_true", help="the paper's settings, for flags that are not given")
     # The data set is read first, because it brings its sizes, which --help then shows.
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset")
-    dataset = first.parse_known_args()[0].dataset
-    parser.set_defaults(**SIZES.get(dataset, {}) | sizes.get(dataset, {}))
+    first.add_argument("--paper", action="store_true")
+    known = first.parse_known_args()[0]
+    for name in [known.dataset, *["paper"] * known.paper]:
+        parser.set_defaults(**SIZES.get(name, {}) | sizes.get(name, {}))
     args = parser.parse_args()
     args.method = Path(file).stem
     recipe = parser.get_default("optimizer")

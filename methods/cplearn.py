@@ -12,8 +12,8 @@ images cannot make it uniform if c >> f, because its scores differ. If z lie in 
 `--beta 10` collapses. Expect a loss of about beta log c: p stay soft, because one-hot p of n images cost log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of its Appendix N; smaller eps and beta (the
-paper's: `--eps 1e-8 --beta 1`; its code adds `--activation tanh-unscaled`). Run: python methods/cplearn.py --c 16384
+Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of its Appendix N; other eps, beta, batch,
+learning rate, decay and activation: `--paper` has the published ones. Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -28,8 +28,9 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SMALL = {"eps": 1e-8, "weight_decay": 1e-4}
-SIZES = {"shapes": {"c": 1024, "beta": 0.25} | SMALL} | {name: {"c": 64, "beta": 0.5} | SMALL for name in common.TOYS}
+OLD = {"eps": 1e-8, "weight_decay": 1e-4}
+SIZES = {"paper": {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | OLD}  # `--paper`
+SIZES |= {"shapes": {"c": 1024, "beta": 0.25} | OLD} | {name: {"c": 64, "beta": 0.5} | OLD for name in common.TOYS}
 
 
 def add_flags(parser):

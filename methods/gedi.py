@@ -61,7 +61,6 @@ class Model(nn.Module):
             nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
         )  # fmt: skip
         self.classes = nn.Linear(128, args.c)
-        self.temperature = 1.0  # for the metrics: scores() divides already
         shape = (2,) if args.dataset in common.TOYS else (3, args.image_size, args.image_size)
         self.register_buffer("samples", torch.randn(10000 if args.generative_weight else 0, *shape))
 

@@ -129,6 +129,17 @@ def test_own_flags_change_the_run_or_are_refused(method, run):
     assert not Path("refused").exists()
 
 
+def test_paper_sets_the_papers_settings_where_none_is_given(run):
+    # As in the authors' code, scripts/pretrain/cifar/cplearn.yaml, whose rate is scaled by 64 / 256.
+    published = {"lr": 2.5e-4, "weight_decay": 1e-4, "beta": 1.0, "eps": 1e-8, "activation": "tanh-unscaled"}
+    flags = ["--dataset", "blobs", "--epochs", "1", "--device", "cpu", "--paper"]
+    for given, expected in (("", published | {"batch_size": 64}), ("--beta 0.5", published | {"beta": 0.5})):
+        assert run("cplearn", *flags, *given.split(), "--out", f"paper{given}").code == 0
+        args = torch.load(f"paper{given}/last.pt", weights_only=True)["args"]
+        assert {key: args[key] for key in expected} == expected
+    assert "--paper" in run("simclr", *flags).error
+
+
 def test_shared_flags_change_the_run_or_are_refused(run, monkeypatch):
     draw = common.draw_shapes
     monkeypatch.setattr(common, "draw_shapes", lambda n, size, seed: draw(n // 5, size, seed))  # faster

@@ -116,7 +116,7 @@ def test_common_knows_no_method():
 def test_common_holds_what_training_needs_and_no_more():
     """From what a script calls, every function and class of common.py can be reached."""
     source = (ROOT / "common.py").read_text()
-    assert len(source.splitlines()) <= 1130
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 950
     defined = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     constants = {}
     for node in ast.parse(source).body:
