@@ -5,11 +5,11 @@
 
 h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
 p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
-If z equals a code, its score in Wᵀz is f. With tau = f / log((1 - eps (c - 1)) / eps) its p is about 1 - eps (c - 1).
+tau = f / log((1 - eps (c - 1)) / eps) is such that z equal to a code (score f) gives it p of about 1 - eps (c - 1).
 
-What prevents collapse: the prior. It is log c if all images use one code, 0 if the mean p is uniform. One z for all
-images cannot make it uniform if c >> f, because its scores differ. If z lie in few dimensions, few codes score high.
-`--beta 10` collapses. Expect a loss of about beta log c: p stay soft, because one-hot p of n images cost log(c / n).
+What prevents collapse: the prior, log c if all images use one code, 0 if the mean p is uniform. With c >> f, one z for
+all has unequal scores, and z in few dimensions favour few codes: the prior is high. `--beta 10` outweighs it. A good
+run has soft p that differ by image, and a loss near beta log c: one-hot p of n images hold the prior at log(c / n).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of its Appendix N; other eps, beta, batch,
@@ -52,7 +52,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
+    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
     prior_loss = (log_m.exp() * (log_m + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_m.mean()
     return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
 
@@ -94,7 +94,7 @@ class Model(nn.Module):
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # sqrt(d) l2norm
         )  # fmt: skip
         self.temperature = d / math.log((1 - args.eps * (args.c - 1)) / args.eps)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau alone
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # not z
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):

@@ -44,7 +44,7 @@ def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
     """The loss and its terms. s: scores (n, c). log_real, log_fake: F (n,) of images, samples. All float32."""
     n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, n, c) to (2, c): log of mean p1, p2
+    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
     prior = -log_m.mean()  # over classes, u = 1 / c, and views
     generative = (log_fake - log_real).mean() if weights[2] else torch.zeros_like(prior)
     loss = weights[0] * prior + weights[1] * invariance + weights[2] * generative

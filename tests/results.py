@@ -1,19 +1,22 @@
 """The runs behind methods/README.md.
 
 python tests/results.py add RUN ...   stores what finished runs have come to, as methods/results/<run folder>.json
-python tests/results.py               writes the page's tables again, from what is stored
+python tests/results.py               writes the page's tables and two pictures of README.md again, from what is stored
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from claims import CLAIMS
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +25,7 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 
 STORE, PAGE = ROOT / "methods" / "results", ROOT / "methods" / "README.md"
+PICTURES = ROOT / ".github" / "pictures"
 MIXTURES = (10, 50, 200)  # sizes of the mixtures whose entropy is stored
 
 
@@ -138,6 +142,43 @@ def cifar(runs):
             yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
 
 
+# Linear accuracy with a whole ResNet-18 and 1000 epochs: solo-learn's README, or Table 8 of the CPLearn paper.
+PUBLISHED = {
+    "barlow_twins": 0.921, "byol": 0.926, "dino": 0.895, "simclr": 0.907, "simsiam": 0.905, "swav": 0.892,
+    "vicreg": 0.921, "wmse": 0.887, "cplearn": 0.913, "gedi": 0.800, "self_classifier": 0.848,
+}  # fmt: skip
+
+
+def spread(values, form=".3f"):
+    """Mean and standard deviation over the seeds."""
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def fifty(runs):
+    """Table A: every method at the same budget."""
+    yield "| method | seeds | linear | kNN | NMI, shuffled, AMI | rank | center | codes | collapse | views/s | paper |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for method in methods(runs, "fifty"):
+        its = [run["trained"] for run in seeds(runs, f"fifty-{method}")]
+        values = {key: [run[key] for run in its] for key in its[0] if key not in ("verdicts", "mixture", "spectrum")}
+        modes = [mode for run in its for mode, verdict in run["verdicts"].items() if verdict == "collapsed"]
+        used = f"{statistics.mean(values['used']):.0f} of {its[0]['clusters']}" if "used_codes" in values else ""
+        cells = [f"`{method}`", f"{len(its)}", spread(values["linear"]), spread(values["knn"])]
+        cells.append(" / ".join(f"{statistics.mean(values[key]):.2f}" for key in ("nmi", "shuffled", "ami")))
+        cells += [
+            f"{spread(values['rank'], '.1f')} of {its[0]['dimensions']}",
+            spread(values["center_norm"], ".2f"),
+            used,
+        ]
+        cells.append(", ".join(f"{mode} ({modes.count(mode)})" for mode in dict.fromkeys(modes)) or "none")
+        cells += [f"{statistics.mean(values['views_per_second']):.0f}", f"{PUBLISHED.get(method, '–')}"]
+        yield f"| {' | '.join(cells)} |"
+    floor = {run["seed"]: run["untrained"] for name, run in runs.items() if name.startswith("fifty-")}
+    if floor:
+        linear, knn = (spread([run[key] for run in floor.values()]) for key in ("linear", "knn"))
+        yield f"| untrained | | {linear} | {knn} | | | | | | | |"
+
+
 PHOTOGRAPHS = "--dataset folder --data-dir cifar --image-size 16 --width 16"
 
 
@@ -190,9 +231,79 @@ def sharpness(runs):
                f"{run['rank']:.1f} | {run['assignment_entropy']:.3f} |")  # fmt: skip
 
 
+# The picture of spectra: for each method a run without its mechanism, and the flag that removes it.
+WITHOUT = {
+    "simclr": ("ablation-simclr-temperature-100", "--temperature 100"),
+    "simsiam": ("ablation-simsiam-no-stop-gradient", "--no-stop-gradient"),
+    "byol": ("ablation-byol-momentum-0-no-predictor-last-layer-linear", "--momentum 0 --no-predictor"),
+    "dino": ("ablation-dino-no-centering", "--no-centering"),
+    "swav": ("ablation-swav-no-sinkhorn", "--no-sinkhorn"),
+    "barlow_twins": ("claim-barlow_twins-offdiag", "--lambda-offdiag 0"),
+    "vicreg": ("ablation-vicreg-covariance-weight-0", "--covariance-weight 0"),
+    "wmse": ("ablation-wmse-whitening-none", "--whitening none"),
+    "mcr2": ("ablation-mcr2-expansion-weight-0", "--expansion-weight 0"),
+    "triplet": ("ablation-triplet-negatives-none", "--negatives none"),
+    "self_classifier": ("ablation-self_classifier-no-column-softmax", "--no-column-softmax"),
+    "gedi": ("ablation-gedi-prior-weight-0", "--prior-weight 0"),
+    "center_vector": ("ablation-center_vector-center-weight-0", "--center-weight 0"),
+    "cplearn": ("ablation-cplearn-beta-10", "--beta 10"),
+}
+
+
+def picture_of_spectra(runs):
+    """The eigenvalues of the embeddings' covariance, with the mechanism and without, on the drawn shapes. Their sum is
+    scaled to 1 - center_norm², the variance of the directions, so that the curve of one point is low."""
+    figure, axes = plt.subplots(3, 5, figsize=(12, 6.4), sharey=True, layout="constrained")
+    for ax, (method, (without, flag)) in zip(axes.flat, WITHOUT.items(), strict=False):
+        for stem, label, color in ((f"shapes-{method}", "with", "tab:blue"), (without, flag, "tab:red")):
+            its = runs[f"{stem}-0"]["trained"]
+            values = np.array(its["spectrum"])
+            values = values / values.sum() * max(1 - its["center_norm"] ** 2, 0)
+            ax.plot(np.linspace(0, 1, len(values)), np.log10(values.clip(1e-9)), color=color, label=label)
+        ax.set_title(method, fontsize=10)
+        ax.set_ylim(-8, 0)
+        ax.legend(fontsize=7, loc="lower left", handlelength=1)
+    for ax in axes.flat[len(WITHOUT) :]:
+        ax.axis("off")
+    figure.supxlabel(
+        "eigenvalues of the covariance of the embeddings, the largest at the left, as a share of all", fontsize=10
+    )
+    figure.supylabel("log10 of the eigenvalue", fontsize=10)
+    figure.savefig(PICTURES / "mechanisms.png", dpi=150)
+    plt.close(figure)
+
+
+def picture_of_curves(runs):
+    """kNN accuracy while training, mean over the seeds, on the photographs (Table A's runs)."""
+    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    ends = []
+    for i, method in enumerate(methods(runs, "fifty")):
+        its = [run["curve"] for run in seeds(runs, f"fifty-{method}")]
+        epochs, curve = [epoch for epoch, _ in its[0]], np.mean([[knn for _, knn in run] for run in its], 0)
+        ax.plot(epochs, curve, color=plt.cm.tab20(i % 20), marker="o", markersize=2.5)
+        ends.append((curve[-1], method, plt.cm.tab20(i % 20)))
+    place = math.inf
+    for end, method, color in sorted(ends, reverse=True):
+        place = min(end, place - 0.0085)  # labels side by side, not one over another
+        ax.annotate(method, (epochs[-1], end), (epochs[-1] * 1.04, place), color=color, fontsize=9, va="center",
+                    arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5})  # fmt: skip
+    floor = np.mean([run["curve"][0][1] for name, run in runs.items() if name.startswith("fifty-")])
+    ax.axhline(floor, color="black", linestyle="--", linewidth=1)
+    ax.annotate(
+        "untrained network", (epochs[-1], floor), (0, -4), textcoords="offset points", ha="right", va="top", fontsize=9
+    )
+    ax.set_xlim(0, epochs[-1] * 1.25)
+    ax.set_xticks(epochs)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("kNN accuracy")
+    figure.savefig(PICTURES / "curves.png", dpi=150)
+    plt.close(figure)
+
+
 TABLES = {
     "shapes": shapes,
     "ablations": ablations,
+    "fifty": fifty,
     "cifar": cifar,
     "sharpness": sharpness,
     "claims": claims,
@@ -214,3 +325,5 @@ if __name__ == "__main__":
         for folder in sys.argv[2:]:
             add(folder)
     PAGE.write_text(page(PAGE.read_text(), load()))
+    picture_of_spectra(load())
+    picture_of_curves(load())
