@@ -1,11 +1,11 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): of exp(s / epsilon), three times, divide columns by their sums, then rows by theirs         (Eq. 5)
+    q = Sinkhorn(s): start from exp(s / epsilon), three times divide each column by its sum, then each row       (Eq. 5)
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: equal shares. One z for all cannot predict targets that differ. `--no-sinkhorn` removes them.
+What prevents collapse: equal shares. If all z are equal, q is uniform, the loss log k or more. `--no-sinkhorn`: no shares.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier`: cosines (m, k) of a queue."""
+    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k): of a queue, m may be 0."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # exp, because rows have sum 1 (softmax, with no iteration)
+        q = log_q.softmax(1)[: len(s)]  # exp(log_q), as rows sum to 1; without iterations a softmax
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -90,14 +90,14 @@ def main():
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # epoch 0: fixed, as published
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # fixed in epoch 0, as published
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows
             m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # rows filled
-            earlier1, earlier2 = model.scores(model.queue[:, :m])  # (2, m, k): of each view (m, k)
+            earlier1, earlier2 = model.scores(model.queue[:, :m])  # of each view (m, k)
             terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
+            common.sum_gradients(model)  # adds what each process has of its own rows only
             optimizer.step()
             model.normalise_prototypes()
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]

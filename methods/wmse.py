@@ -8,10 +8,10 @@ w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss i
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
 dimensions may become copies of one, with `none` all z may become equal. The cosine is weaker, too. It ignores lengths:
-many images may share one short w (their cosine is 1), while a few long w make the covariance.
+most images may share one short w (their cosine is 1), while a few long w suffice for the identity.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; parts are not shuffled; the
+Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts; the
 learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
 """
 
@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: parts of more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: each part has more than d images."""
     part, white = min(len(z1), part_size), []
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no float64
@@ -50,9 +50,9 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
             cov = w.mT @ w / (part - 1)  # (parts, d, d)
-            # Minus a little, so that a covariance that is singular up to rounding fails.
+            # Minus, not plus: a singular covariance must fail here, not pass by a rounding error.
             lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
-            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # failed: NaN, which end_step reports
+            lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # NaN: end_step then stops the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)
     cosine = nn.functional.cosine_similarity(*white, dim=2).mean().to(z1)
@@ -97,7 +97,7 @@ def main():
             terms = loss_fn(z1, z2, distance=args.distance, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # sum: the loss is of all rows, each process's gradient of its own
+            common.sum_gradients(model)  # adds what each process has of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)
