@@ -5,7 +5,7 @@
 
 s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
 
-What prevents collapse: equal shares. If all z are equal, q is uniform, the loss log k or more. `--no-sinkhorn`: no shares.
+What prevents collapse: equal shares, which `--no-sinkhorn` drops. Equal z have a uniform q and a loss of log k or more.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py

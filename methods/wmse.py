@@ -41,7 +41,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: each part has more than d images."""
+    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: parts have more than d images."""
     part, white = min(len(z1), part_size), []
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no float64
