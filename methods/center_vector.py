@@ -23,7 +23,7 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {"shapes": {"epochs": 40}}
+SIZES = {"shapes": {"epochs": 30}}
 
 
 def add_flags(parser):
