@@ -4,10 +4,11 @@
     loss = ½ mean_i [ H(q1_i, p2_i) + H(q2_i, p1_i) ],  H(q, p) = -Σ_j q_j log p_j = H(q, q) + KL(q||p)         (Eq. 3)
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
-s, t (n, k): cosines of embeddings with k prototypes, of student and teacher. `entropy` is H(q, q), `divergence` KL.
+s, t (n, k): cosines of one view's embeddings with k prototypes, of student and teacher; 1, 2: the views of image i.
+H(q, q) is the teacher's entropy. `entropy` and `divergence` are the two parts of the loss.
 
 What prevents collapse: centering, so that no prototype wins everywhere, and sharpening (0.04 < 0.1), so that q is not
-uniform. With `--no-centering` `entropy` falls to 0, with `--teacher-temperature 1` it rises to log k.
+uniform. With `--no-centering` `entropy` falls to 0: one prototype wins. With `--teacher-temperature 1` it rises to log k.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
@@ -41,7 +42,7 @@ def add_flags(parser):
 
 def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1):
     """Eq. 3 of cosines (n, k): scalars `loss`, `entropy`, `divergence`. The caller updates the center (k,), Eq. 4."""
-    log_q1, log_q2 = (((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2))
+    log_q1, log_q2 = [((t.detach() - center) / teacher_temperature).log_softmax(1) for t in (t1, t2)]
     log_p1, log_p2 = (s1 / temperature).log_softmax(1), (s2 / temperature).log_softmax(1)
     loss = -((log_q1.exp() * log_p2).sum(1) + (log_q2.exp() * log_p1).sum(1)).mean() / 2
     entropy = -((log_q1.exp() * log_q1).sum(1) + (log_q2.exp() * log_q2).sum(1)).mean() / 2
@@ -59,7 +60,7 @@ class Model(nn.Module):
         )  # fmt: skip
         self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # of all lines above; no gradient; batch norm uses the batch
+        self.teacher = common.frozen_copy(self)  # backbone, head, prototypes; batch norm uses the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
