@@ -8,7 +8,7 @@ s, t (n, k): cosines of one view's embeddings with k prototypes, of student and 
 H(q, q) is the teacher's entropy. `entropy` and `divergence` are the two parts of the loss.
 
 What prevents collapse: centering, so that no prototype wins everywhere, and sharpening (0.04 < 0.1), so that q is not
-uniform. With `--no-centering` `entropy` falls to 0: one prototype wins. With `--teacher-temperature 1` it rises to log k.
+uniform. `--no-centering`: `entropy` falls to 0, one prototype wins. `--teacher-temperature 1`: it rises to log k.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
