@@ -187,12 +187,12 @@ def figures(runs, stem):
     its = seeds(runs, stem)
 
     def means(kind):
-        first = its[0][kind]
-        return {key: mean(its, kind, key) for key in first if isinstance(first[key], int | float)}
+        keys = set.intersection(*(set(run[kind]) for run in its))  # older runs hold less
+        return {key: mean(its, kind, key) for key in keys if isinstance(its[0][kind][key], int | float)}
 
     out = means("trained") | {"start": means("untrained")}
     out["share"] = out["rank"] / out["dimensions"]
-    if "mixture" in its[0]["trained"]:
+    if all("mixture" in run["trained"] for run in its):
         out["mixture200"] = mean(its, "trained", "mixture", "200")
     return out
 
