@@ -4,11 +4,11 @@
 
 z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
-What prevents collapse: predictor and stop-gradient together. Without either, z fill few dimensions or a point.
-`--no-predictor` and `--no-stop-gradient` remove them.
+What prevents collapse: predictor and stop-gradient together. If one is removed (`--no-predictor`, `--no-stop-gradient`),
+all z fall into few dimensions or one point.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: the predictor's learning rate falls like the others'. Run: python methods/simsiam.py
+Departs from the paper: the predictor's learning rate also decays (there: constant). Run: python methods/simsiam.py
 """
 
 import sys
@@ -27,7 +27,7 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)  # lightly's CIFAR-10 benchmark
-    parser.add_argument("--no-predictor", action="store_true", help="compare z with z; collapses")
+    parser.add_argument("--no-predictor", action="store_true", help="p = z: compare z1 with z2; collapses")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient into the target; collapses")
 
 
@@ -49,7 +49,7 @@ class Model(nn.Module):
         d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False),
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False),  # no scale, no shift
         )  # fmt: skip
         self.predictor = nn.Sequential(nn.Linear(d, d // 4), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d))
         if args.no_predictor:
