@@ -261,22 +261,23 @@ WITHOUT = {
 def picture_of_spectra(runs):
     """The eigenvalues of the embeddings' covariance, with the mechanism and without, on the drawn shapes. Their sum is
     scaled to 1 - center_norm², the variance of the directions, so that the curve of one point is low."""
-    figure, axes = plt.subplots(3, 5, figsize=(12, 6.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(3, 5, figsize=(12, 6.4), sharex=True, sharey=True, layout="constrained")
     for ax, (method, (without, flag)) in zip(axes.flat, WITHOUT.items(), strict=False):
-        for stem, label, color in ((f"shapes-{method}", "with", "tab:blue"), (without, flag, "tab:red")):
+        for stem, color in ((f"shapes-{method}", "tab:blue"), (without, "tab:red")):
             its = runs[f"{stem}-0"]["trained"]
             values = np.array(its["spectrum"])
-            values = values / values.sum() * max(1 - its["center_norm"] ** 2, 0)
-            ax.plot(np.linspace(0, 1, len(values)), np.log10(values.clip(1e-9)), color=color, label=label)
+            values = values / values.sum() * (1 - its["center_norm"] ** 2)
+            ax.plot(np.linspace(0, 1, len(values)), np.log10(values.clip(1e-8)), color=color)
         ax.set_title(method, fontsize=10)
-        ax.set_ylim(-8, 0)
-        ax.legend(fontsize=7, loc="lower left", handlelength=1)
+        ax.text(0.98, 0.98, flag.replace(" --", "\n--"), color="tab:red", fontsize=8, ha="right", va="top",
+                transform=ax.transAxes)  # fmt: skip
+        ax.set(xticks=(0, 0.5, 1), ylim=(-8.3, 0.1))
     for ax in axes.flat[len(WITHOUT) :]:
         ax.axis("off")
-    figure.supxlabel(
-        "eigenvalues of the covariance of the embeddings, the largest at the left, as a share of all", fontsize=10
-    )
-    figure.supylabel("log10 of the eigenvalue", fontsize=10)
+        ax.text(0.1, 0.6, "with the mechanism", color="tab:blue", fontsize=10, transform=ax.transAxes)
+        ax.text(0.1, 0.4, "without it", color="tab:red", fontsize=10, transform=ax.transAxes)
+    figure.supxlabel("rank of the eigenvalue / number of dimensions", fontsize=10)
+    figure.supylabel("log10 of the eigenvalue, at least -8", fontsize=10)
     figure.savefig(PICTURES / "mechanisms.png", dpi=150)
     plt.close(figure)
 
