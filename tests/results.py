@@ -110,14 +110,18 @@ def shapes(runs):
 
 
 def ablations(runs):
+    """In brackets the same figure of the run with the mechanism, of the same seed."""
     yield "| command | linear | kNN | effective rank | center norm |"
     yield "|---|---|---|---|---|"
     for name, run in runs.items():
         if name.startswith("ablation-"):
             flags = run["command"].removeprefix("python methods/").replace(".py", "").replace(" --dataset shapes", "")
-            its = run["trained"]
-            yield (f"| `{flags}` | {its['linear']:.3f} | {its['knn']:.3f} | "
-                   f"{its['rank']:.1f} of {its['dimensions']} | {its['center_norm']:.2f} |")  # fmt: skip
+            cells = []
+            for figure, form in (("linear", ".3f"), ("knn", ".3f"), ("rank", ".1f"), ("center_norm", ".2f")):
+                with_ = runs[f"shapes-{name.split('-')[1]}-{run['seed']}"]["trained"][figure]
+                of = f" of {run['trained']['dimensions']}" if figure == "rank" else ""
+                cells.append(f"{run['trained'][figure]:{form}} ({with_:{form}}){of}")
+            yield f"| `{flags}` | {' | '.join(cells)} |"
 
 
 CIFAR = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "epochs 20", "projector-dim 512"}
