@@ -544,7 +544,7 @@ def tables(numbers):
             cells.append((number + report["verdict"], report["verdict"]))
         rows.append([label, entry["method"], entry["dataset"], str(entry["epoch"]), *cells])
     first = next(iter(numbers.values()))["diagnosis"]
-    heads = [f"{mode} (< {first[mode]['threshold']:g})" for mode in modes]
+    heads = [f"{mode} (<\u00a0{first[mode]['threshold']:g})" for mode in modes]
     text = "<h2>Diagnosis</h2>" + table(["checkpoint", "method", "data", "epoch", *heads], rows)
     text += (
         "<p>Each number is in [0, 1]; below the threshold the mode has collapsed. Representation: variance of the "
