@@ -1,11 +1,11 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): start from exp(s / epsilon), three times divide each column by its sum, then each row       (Eq. 5)
+    q = Sinkhorn(s): from exp(s / epsilon) on, three times: divide each column by its sum, then each row by its  (Eq. 5)
 
-s (n, k): cosines of one view's n embeddings (rows) with k learned prototypes (columns). q is a target without gradient.
+s (n, k): cosines of the embeddings z of one view (rows) with k learned prototypes (columns). q gets no gradient.
 
-What prevents collapse: equal shares, which `--no-sinkhorn` drops. Equal z have a uniform q and a loss of log k or more.
+What prevents collapse: equal column sums (not with `--no-sinkhorn`): if all z are equal, q is 1 / k, the loss >= log k.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, Adam, 512 prototypes, no queue by default. Run: python methods/swav.py
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k): of a queue, m may be 0."""
+    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k): a queue's, or empty."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # exp(log_q), as rows sum to 1; without iterations a softmax
+        q = log_q.softmax(1)[: len(s)]  # after Sinkhorn just exp(log_q), because its rows sum to 1
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
