@@ -1,7 +1,7 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): from exp(s / epsilon) on, three times: divide each column by its sum, then each row by its  (Eq. 5)
+    q = Sinkhorn(s): from exp(s / epsilon) on, three times: divide columns by their sums, then rows by theirs    (Eq. 5)
 
 s (n, k): cosines of the embeddings z of one view (rows) with k learned prototypes (columns). q gets no gradient.
 

@@ -175,7 +175,7 @@ def fifty(runs):
             used,
         ]
         cells.append(", ".join(f"{mode} ({modes.count(mode)})" for mode in dict.fromkeys(modes)) or "none")
-        cells += [f"{values['views_per_second'][0]}", f"{PUBLISHED.get(method, '–')}"]
+        cells += [f"{values['views_per_second'][0]}", f"{PUBLISHED[method]:.3f}" if method in PUBLISHED else "–"]
         yield f"| {' | '.join(cells)} |"
     floor = {run["seed"]: run["untrained"] for name, run in runs.items() if name.startswith("fifty-")}
     if floor:
