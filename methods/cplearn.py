@@ -5,15 +5,15 @@
 
 h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
 p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
-tau = f / log((1 - eps (c - 1)) / eps) is such that z equal to a code (score f) gives it p of about 1 - eps (c - 1).
+tau = f / log(1 / eps - c + 1): z equal to one code (score f), with score 0 for all others, has p = 1 - eps (c - 1).
 
-What prevents collapse: the prior, log c if all images use one code, 0 if the mean p is uniform. With c >> f, one z for
-all has unequal scores, and z in few dimensions favour few codes: the prior is high. `--beta 10` outweighs it. A good
-run has soft p that differ by image, and a loss near beta log c: one-hot p of n images hold the prior at log(c / n).
+What prevents collapse: the prior, log c if all images use one code, 0 if the mean p is uniform. z of fixed norm have no
+uniform p, so for a uniform mean they differ by image. z in few dimensions are near to few of the c >> f codes. `--beta
+10` outweighs it. In good runs p are soft (one-hot p of n < c images cost log(c / n)), the loss ends near beta log c.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: z, tau not divided by sqrt(n), which cancels; prior of its Appendix N; other eps, beta, batch,
-learning rate, decay and activation: `--paper` has the published ones. Run: python methods/cplearn.py --c 16384
+Departs from the paper: no 1 / sqrt(n) in z and tau, which cancels; the prior is of its Appendix N; eps, beta, batch
+size, learning rate, decay and activation: `--paper` has the published ones. Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -28,9 +28,9 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-OLD = {"eps": 1e-8, "weight_decay": 1e-4}
-SIZES = {"paper": {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | OLD}  # `--paper`
-SIZES |= {"shapes": {"c": 1024, "beta": 0.25} | OLD} | {name: {"c": 64, "beta": 0.5} | OLD for name in common.TOYS}
+PAPER = {"eps": 1e-8, "weight_decay": 1e-4}  # in `--paper` and for small data sets
+SIZES = {"paper": {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER}
+SIZES |= {"shapes": {"c": 1024, "beta": 0.25} | PAPER} | {name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}
 
 
 def add_flags(parser):
@@ -53,7 +53,7 @@ def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
     log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
-    prior_loss = (log_m.exp() * (log_m + math.log(c))).sum(1).mean() if prior == "reverse-kl" else -log_m.mean()
+    prior_loss = {"reverse-kl": log_m.exp() * (log_m + math.log(c)), "cross-entropy": -log_m / c}[prior].sum(1).mean()
     return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
 
 
@@ -66,7 +66,7 @@ def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=3
     def terms(w):
         log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
         log_m = log_p.logsumexp(1) - math.log(n)
-        prior_part = log_m.exp() * (log_m + math.log(c)) if prior == "reverse-kl" else -log_m / c
+        prior_part = {"reverse-kl": log_m.exp() * (log_m + math.log(c)), "cross-entropy": -log_m / c}[prior]
         return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, prior_part.sum()]) / 2  # mean of the two views
 
     invariance, prior_loss = sum(checkpoint(terms, w, use_reentrant=False) for w in blocks)
@@ -91,10 +91,10 @@ class Model(nn.Module):
         d = args.projector_dim  # width of the layers
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
-            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # sqrt(d) l2norm
+            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
-        self.temperature = d / math.log((1 - args.eps * (args.c - 1)) / args.eps)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # not z
+        self.temperature = d / math.log(1 / args.eps - args.c + 1)  # tau; d is f above
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # z is not divided
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):
@@ -126,7 +126,7 @@ def main():
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # adds what each process has of its own rows only
+            common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

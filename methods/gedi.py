@@ -109,7 +109,7 @@ def main():
             terms = loss_fn(s1, s2, *densities, weights=(args.prior_weight, args.beta, args.generative_weight))
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # adds what each process has of its own rows only
+            common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -97,7 +97,7 @@ def main():
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # adds what each process has of its own rows only
+            common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)

@@ -81,7 +81,7 @@ def main():
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
             optimizer.zero_grad()
             terms["loss"].backward()
-            common.sum_gradients(model)  # adds what each process has of its own rows only
+            common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             run.step += 1
             run.end_step(terms)
