@@ -22,7 +22,7 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-SIZES = {}
+SIZES = {"shapes": {"batch_size": 64}}
 
 
 def add_flags(parser):
