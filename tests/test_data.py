@@ -229,6 +229,27 @@ def test_shapes_cannot_be_told_by_pixels_or_brightness():
     assert common.knn_accuracy(histograms, data.labels, others, data.test_labels) < 0.3
 
 
+def test_a_network_that_is_told_the_labels_tells_the_shapes():
+    """So a shape can be learned. After 8 epochs its accuracy was 0.96."""
+    torch.manual_seed(0)
+    data = load(dataset="shapes", image_size=16)
+    images, tests = (x.float() / 255 - 0.4 for x in (data.images, data.test_images))
+    backbone = common.build_backbone(argparse.Namespace(backbone="resnet8", width=16, image_size=16, dataset="shapes"))
+    net = torch.nn.Sequential(backbone, torch.nn.Linear(backbone.num_features, 10))
+    batches = [rows for _ in range(8) for rows in torch.randperm(5000).split(128)]
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=len(batches))
+    for rows in batches:
+        loss = torch.nn.functional.cross_entropy(net(images[rows]), data.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        right = net.eval()(tests).argmax(1) == data.test_labels
+    assert right.float().mean() > 0.9
+
+
 def test_the_monitor_sees_all_classes():
     data = load(dataset="shapes", image_size=16)
     # The few images that the training monitor takes are of all classes.

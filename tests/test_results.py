@@ -39,9 +39,9 @@ def test_every_command_parses(method, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_on_the_shapes(method):
-    """In each of three seeds kNN is at least 0.10 above the untrained network's."""
-    gains = [results.gain(run, "knn") for run in results.seeds(RUNS, f"shapes-{method}")]
-    assert len(gains) == 3 and min(gains) >= 0.10
+    """In each of three seeds, and in runs that were made again, kNN is at least 0.10 above the untrained network's."""
+    runs, again = results.seeds(RUNS, f"shapes-{method}"), results.seeds(RUNS, f"again-{method}")
+    assert len(runs) == 3 and min(results.gain(run, "knn") for run in runs + again) >= 0.10
 
 
 def test_claims_name_tests_that_exist():
