@@ -5,13 +5,13 @@
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
 s, t (n, k): cosines of one view's embeddings with k prototypes, of student and teacher; 1, 2: the views of image i.
-H(q, q) is the teacher's entropy. `entropy` and `divergence` are the two parts of the loss.
+H(q, q) is the teacher's entropy. `entropy` + `divergence` = loss, both are only logged.
 
-What prevents collapse: centering, so that no prototype wins everywhere, and sharpening (0.04 < 0.1), so that q is not
-uniform. `--no-centering`: `entropy` falls to 0, one prototype wins. `--teacher-temperature 1`: it rises to log k.
+What prevents collapse: centering stops one prototype from winning everywhere, sharpening (0.04 < 0.1) stops uniform q.
+`--no-centering`: `entropy` falls to 0. `--teacher-temperature 1`: it rises to log k. A good run stays between the two.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
-Departs from the paper: SGD, batch norm in the head, 2048 prototypes, constant temperature, no small crops, no clipping.
+Departs from the paper: SGD, small head with batch norm, k = 2048, m from 0.99, fixed temperature, 2 crops, no clipping.
 Run: python methods/dino.py
 """
 
@@ -60,7 +60,7 @@ class Model(nn.Module):
         )  # fmt: skip
         self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # backbone, head, prototypes; batch norm uses the batch
+        self.teacher = common.frozen_copy(self)  # backbone, head, prototypes; in training mode
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
