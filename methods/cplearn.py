@@ -7,13 +7,13 @@ h is the backbone's output for a view, f the size of z. W (f, c) holds the codes
 p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
 tau = f / log(1 / eps - c + 1): z equal to one code (score f), with score 0 for all others, has p = 1 - eps (c - 1).
 
-What prevents collapse: the prior, log c if all images use one code, 0 if the mean p is uniform. z of fixed norm have no
-uniform p, so for a uniform mean they differ by image. z in few dimensions are near to few of the c >> f codes. `--beta
-10` outweighs it. In good runs p are soft (one-hot p of n < c images cost log(c / n)), the loss ends near beta log c.
+What prevents collapse: the prior is log c if all images use one code, 0 if the mean p is uniform. If c >> f, no z of
+norm sqrt(f) has a uniform p, so z must differ by image; z in few dimensions are near to few codes. With `--beta 10` all
+use one code. In a good run the prior is near 0, the loss beta log c (soft p), or log(c / n) if less (one-hot, n < c).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: no 1 / sqrt(n) in z and tau, which cancels; the prior is of its Appendix N; eps, beta, batch
-size, learning rate, decay and activation: `--paper` has the published ones. Run: python methods/cplearn.py --c 16384
+size, learning rate, decay and activation: `--paper` has these as published. Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -29,8 +29,8 @@ import common
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 PAPER = {"eps": 1e-8, "weight_decay": 1e-4}  # in `--paper` and for small data sets
-SIZES = {"paper": {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER}
-SIZES |= {"shapes": {"c": 1024, "beta": 0.25} | PAPER} | {name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}
+SIZES = {"shapes": {"c": 1024, "beta": 0.25} | PAPER, **{name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}}
+SIZES["paper"] = {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER
 
 
 def add_flags(parser):
@@ -48,7 +48,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f) of norm sqrt(f), float32, and codes (f, c): `loss`, `invariance`, `prior`."""
+    """The loss of embeddings (n, f), float32, of norm sqrt(f), and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -94,7 +94,7 @@ class Model(nn.Module):
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
         self.temperature = d / math.log(1 / args.eps - args.c + 1)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # z is not divided
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # z has no sqrt(n)
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):

@@ -5,10 +5,10 @@
     after each step: center <- 0.9 center + 0.1 mean t (Eq. 4),  teacher <- m teacher + (1 - m) student,  m rises to 1
 
 s, t (n, k): cosines of one view's embeddings with k prototypes, of student and teacher; 1, 2: the views of image i.
-H(q, q) is the teacher's entropy. `entropy` + `divergence` = loss, both are only logged.
+mean t is over the images of both views. H(q, q) is the teacher's entropy, `entropy` in the log, and `divergence` is KL.
 
 What prevents collapse: centering stops one prototype from winning everywhere, sharpening (0.04 < 0.1) stops uniform q.
-`--no-centering`: `entropy` falls to 0. `--teacher-temperature 1`: it rises to log k. A good run stays between the two.
+`--no-centering`: `entropy` falls to 0. `--teacher-temperature 1`: it stays at log k. A good run is between the two.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, small head with batch norm, k = 2048, m from 0.99, fixed temperature, 2 crops, no clipping.
@@ -60,7 +60,7 @@ class Model(nn.Module):
         )  # fmt: skip
         self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # backbone, head, prototypes; in training mode
+        self.teacher = common.frozen_copy(self)  # of all above, so a Model, too; its batch norm uses the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):
@@ -100,7 +100,7 @@ def main():
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
-            model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)
+            model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)  # Eq. 4
             run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))

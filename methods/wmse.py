@@ -7,12 +7,12 @@ z are the embeddings (d dimensions) of one view in a part of the batch (`--part-
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
-dimensions may become copies of one, with `none` all z may become equal. The cosine is weaker, too. It ignores lengths:
-most images may share one short w (their cosine is 1), while a few long w suffice for the identity.
+dimensions may become copies of one, with `none` all z may become equal. With `--distance cosine` lengths are free: many
+images may share one short w, while the others make up the identity. Unrelated views have loss 2, equal ones 0.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts; the
-learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
+Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts, not
+several; the learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
 """
 
 import sys
@@ -33,7 +33,7 @@ def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
     parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of whitened views")
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
-    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half of --part-size")
+    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half a part")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
 
 
@@ -49,9 +49,9 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = w if whitening == "none" else w - w.mean(1, keepdim=True)
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
-            cov = w.mT @ w / (part - 1)  # (parts, d, d)
-            # Minus, not plus: a singular covariance must fail here, not pass by a rounding error.
-            lower, info = torch.linalg.cholesky_ex(cov - 1e-13 * cov.diagonal(dim1=1, dim2=2).diag_embed())
+            cov, tiny = w.mT @ w / (part - 1), 1e3 * torch.finfo(w.dtype).eps  # cov (parts, d, d)
+            # Not jitter: a little is subtracted, so that a singular covariance fails and does not pass by rounding.
+            lower, info = torch.linalg.cholesky_ex(cov - tiny * cov.diagonal(dim1=1, dim2=2).diag_embed())
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # NaN: end_step then stops the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
         white.append(w)

@@ -185,6 +185,29 @@ def fifty(runs):
         yield f"| untrained | | {linear} | {knn} | | | | | | | |"
 
 
+def whole(runs):
+    """Table B: few methods on all images, then how kNN rises while they train."""
+    table = {method: runs[f"all-{method}-0"] for method in methods(runs, "all")}
+    yield "| method | linear | gain | kNN | gain | NMI, shuffled, AMI | rank | center | codes | collapse | paper |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for method, run in table.items():
+        its = run["trained"]
+        cells = [f"`{method}`"]
+        for figure in ("linear", "knn"):
+            cells += [f"{its[figure]:.3f}", f"{gain(run, figure):+.3f}"]
+        cells.append(" / ".join(f"{its[key]:.2f}" for key in ("nmi", "shuffled", "ami")))
+        cells += [f"{its['rank']:.1f} of {its['dimensions']}", f"{its['center_norm']:.2f}"]
+        cells.append(f"{its['used']} of {its['clusters']}" if "used_codes" in its else "")
+        cells.append(", ".join(mode for mode, verdict in its["verdicts"].items() if verdict == "collapsed") or "none")
+        yield f"| {' | '.join([*cells, f'{PUBLISHED[method]:.3f}'])} |"
+    yield ""
+    epochs = [epoch for epoch, _ in next(iter(table.values()))["curve"]] if table else []
+    yield f"| kNN at step | {' | '.join(f'{epoch * (50_000 // 256):,}' for epoch in epochs)} |"
+    yield "|---" * (1 + len(epochs)) + "|"
+    for method, run in table.items():
+        yield f"| `{method}` | {' | '.join(f'{knn:.3f}' for _, knn in run['curve'])} |"
+
+
 PHOTOGRAPHS = "--dataset folder --data-dir cifar --image-size 16 --width 16"
 TEN = {
     f"{PHOTOGRAPHS} --epochs 10 --projector-dim 512 --eval-every 1": "…",
@@ -320,6 +343,7 @@ TABLES = {
     "shapes": shapes,
     "ablations": ablations,
     "fifty": fifty,
+    "whole": whole,
     "cifar": cifar,
     "sharpness": sharpness,
     "claims": claims,
