@@ -8,12 +8,12 @@ p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is u
 tau = f / log(1 / eps - c + 1): z equal to one code (score f), with score 0 for all others, has p = 1 - eps (c - 1).
 
 What prevents collapse: the prior is log c if all images use one code, 0 if the mean p is uniform. If c >> f, no z of
-norm sqrt(f) has a uniform p, so z must differ by image; z in few dimensions are near to few codes. With `--beta 10` all
-use one code. In a good run the prior is near 0, the loss beta log c (soft p), or log(c / n) if less (one-hot, n < c).
+norm sqrt(f) has a uniform p, so z must differ by image, in many dimensions, or few codes get high p. With `--beta 10`
+one code wins. Good runs end near loss beta log c (p soft, prior near 0), or log(c / n) if less (p one-hot, n < c).
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: no 1 / sqrt(n) in z and tau, which cancels; the prior is of its Appendix N; eps, beta, batch
-size, learning rate, decay and activation: `--paper` has these as published. Run: python methods/cplearn.py --c 16384
+size, learning rate, decay and activation: `--paper` has these, but the prior. Run: python methods/cplearn.py --c 16384
 """
 
 import math

@@ -1,11 +1,11 @@
 """SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
 
     loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): begin with exp(s / epsilon); three times divide each column by its sum, then each row       (Eq. 5)
+    q = Sinkhorn(s): begin with exp(s / epsilon); three times: divide columns by their sums, then rows by theirs (Eq. 5)
 
 s (n, k): cosines of the embeddings z of one view (rows) with k learned prototypes (columns). q gets no gradient.
 
-What prevents collapse: equal column sums (off: `--no-sinkhorn`). Equal z have loss >= log k, a good run gets below.
+What prevents collapse: Sinkhorn (off: `--no-sinkhorn`). By it equal z have q = 1 / k, loss >= log k. Good runs: below.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, less jitter, Adam, 512 prototypes, optional queue. Run: python methods/swav.py
@@ -29,7 +29,7 @@ def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
     parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
     parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if q stays uniform")
-    parser.add_argument("--queue", type=common.integer(0), default=0, help="past embeddings, in q from epoch 15 on")
+    parser.add_argument("--queue", type=common.integer(0), default=0, help="past embeddings, for q from epoch 15 on")
     parser.add_argument("--no-sinkhorn", action="store_true", help="q = softmax(s / epsilon); collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
 
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k), a queue's, only change q."""
+    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k), a queue's, join in q only."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # for iterations=0; after Sinkhorn just exp(log_q), whose rows sum to 1
+        q = log_q.softmax(1)[: len(s)]  # rows sum to 1: just exp(log_q); for iterations=0 the softmax
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 

@@ -9,8 +9,8 @@ What prevents collapse: `variance` (v) grows if a dimension's standard deviation
 dimensions become copies of each other. `--variance-weight 0` and `--covariance-weight 0` remove these terms.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam, not LARS; projector 2048 wide, not 8192. Eq. 6 sums the first term over j and adds the two
-v (as `--sum-variance` does). As in the authors' code, both are means here. Run: python methods/vicreg.py
+Departs from the paper: Adam, not LARS; projector 2048 wide, not 8192. As in the authors' code, the first term is a
+mean over j (Eq. 6: a sum), the two v are averaged (Eq. 6: added, `--sum-variance`). Run: python methods/vicreg.py
 """
 
 import sys
@@ -39,7 +39,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, weights=(25.0, 25.0, 1.0), sum_variance=False):
-    """Eq. 6 of two views' embeddings (n, d), float32: scalars `loss`, `invariance`, `variance` and `covariance`."""
+    """Eq. 6 of two views' embeddings (n, d), float32: `loss`, `invariance`, `variance` and `covariance`."""
     n, d = z1.shape
     invariance = (z1 - z2).square().mean()
     cov1, cov2 = ((z - z.mean(0)).T @ (z - z.mean(0)) / (n - 1) for z in (z1, z2))  # (d, d), variances on the diagonal

@@ -8,7 +8,7 @@ w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss i
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
 dimensions may become copies of one, with `none` all z may become equal. With `--distance cosine` lengths are free: many
-images may share one short w, while the others make up the identity. Unrelated views have loss 2, equal ones 0.
+images may share one short w, if the others are long. Unrelated w have loss 2, equal ones 0.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts, not
@@ -50,7 +50,7 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
             cov, tiny = w.mT @ w / (part - 1), 1e3 * torch.finfo(w.dtype).eps  # cov (parts, d, d)
-            # Not jitter: a little is subtracted, so that a singular covariance fails and does not pass by rounding.
+            # Subtract, not add: a singular covariance must fail here and not pass by rounding.
             lower, info = torch.linalg.cholesky_ex(cov - tiny * cov.diagonal(dim1=1, dim2=2).diag_embed())
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # NaN: end_step then stops the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
