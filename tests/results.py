@@ -202,7 +202,7 @@ def whole(runs):
         yield f"| {' | '.join([*cells, f'{PUBLISHED[method]:.3f}'])} |"
     yield ""
     epochs = [epoch for epoch, _ in next(iter(table.values()))["curve"]] if table else []
-    yield f"| kNN at step | {' | '.join(f'{epoch * (50_000 // 256):,}' for epoch in epochs)} |"
+    yield f"| kNN after epoch | {' | '.join(str(epoch) for epoch in epochs)} |"
     yield "|---" * (1 + len(epochs)) + "|"
     for method, run in table.items():
         yield f"| `{method}` | {' | '.join(f'{knn:.3f}' for _, knn in run['curve'])} |"
