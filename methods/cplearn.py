@@ -1,19 +1,19 @@
 """CPLearn: give both views of an image the same distribution over c random codes, and use all codes equally often.
 
-    loss = beta invariance + prior,  p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))         (Eq. 1)
-    invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)],  prior = ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
+    p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                                           (Eq. 1)
+    loss = beta ½ mean_i [CE(p1_i, p2_i) + CE(p2_i, p1_i)] + ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
-h is the backbone's output for a view, f the size of z. W (f, c) holds the codes: random signs, never trained. p1_i and
-p2_i (c,) are the p of image i's two views. CE(p, q) = -Σ_j p_j log q_j, u is uniform, means are over n images.
-tau = f / log(1 / eps - c + 1): z equal to one code (score f), with score 0 for all others, has p = 1 - eps (c - 1).
+h: the backbone's features of a view. z (f,): its embedding. W (f, c): codes, random ±1, never trained. p1_i, p2_i: p of
+image i's views. u: the uniform p. CE(p, q) = -Σ_j p_j log q_j. tau = f / log(1 / eps - c + 1): z with score f for one
+code and 0 for the others has p = 1 - eps (c - 1). The log has both terms, `invariance` (without beta) and `prior`.
 
-What prevents collapse: the prior is log c if all images use one code, 0 if the mean p is uniform. If c >> f, no z of
-norm sqrt(f) has a uniform p, so z must differ by image, in many dimensions, or few codes get high p. With `--beta 10`
-one code wins. Good runs end near loss beta log c (p soft, prior near 0), or log(c / n) if less (p one-hot, n < c).
+What prevents collapse: the prior is log c if all images use one code, and 0 if the mean p is uniform. If c >> f, no z
+has uniform p, so z must differ by image; z in few dimensions would be near few codes. `--beta 10`: one code wins. Log:
+invariance + prior is log c if all z are equal, less in a good run. Prior >= log(c / n) if the n images have one-hot p.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
 Departs from the paper: no 1 / sqrt(n) in z and tau, which cancels; the prior is of its Appendix N; eps, beta, batch
-size, learning rate, decay and activation: `--paper` has these, but the prior. Run: python methods/cplearn.py --c 16384
+size, learning rate, decay and activation: `--paper` has all but the prior. Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -94,7 +94,7 @@ class Model(nn.Module):
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
         self.temperature = d / math.log(1 / args.eps - args.c + 1)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # z has no sqrt(n)
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau of Eq. 1
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):
