@@ -22,13 +22,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # Barlow-Twins-HSIC's code
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # Barlow-Twins-HSIC's, for Barlow Twins
     parser.add_argument("--lambda-offdiag", type=common.number(0), default=0.0051, help="weight of redundancy")
 
 
@@ -38,7 +38,7 @@ def add_flags(parser):
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` and `redundancy`."""
     # Batch norm without parameters standardises columns. It divides by n, not n - 1, so identical views have C_ii = 1.
-    # Centered before, a constant column is exactly 0, without rounding that the division would enlarge.
+    # First - mean, so that a constant column is 0: batch norm alone divides a rounding error by a tiny deviation.
     z1, z2 = (nn.functional.batch_norm(z - z.mean(0), None, None, training=True) for z in (z1, z2))
     c = z1.T @ z2 / len(z1)
     invariance = (1 - c.diagonal()).square().sum()
@@ -50,7 +50,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
@@ -86,7 +86,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -5,10 +5,10 @@
 
 p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections.
 
-What prevents collapse: predictor and slow teacher. Without: `--no-predictor --momentum 0`; m then rises from 0.
+What prevents collapse: predictor and slow teacher. `--no-predictor --momentum 0` removes both (m then rises from 0).
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: SGD, batches of 128. The teacher averages weights alone. Run: python methods/byol.py
+Departs from the paper: SGD, batches of 128, teacher's running statistics not averaged. Run: python methods/byol.py
 """
 
 import sys
@@ -20,14 +20,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-6} for name in (*common.TOYS, "shapes")}
 SIZES["shapes"] |= {"momentum": 0.95, "last_layer": "batchnorm"}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for 1/4 of the loss
+    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for loss / 4
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--last-layer", choices=["linear", "batchnorm"], default="linear", help="of the projector")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
@@ -47,12 +47,12 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False), nn.BatchNorm1d(256) if args.last_layer == "batchnorm" else nn.Identity(),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of all above; no gradient; batch norms use the batch, too
+        self.teacher = common.frozen_copy(self)  # of backbone and head; no gradient; in training mode
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
@@ -93,7 +93,7 @@ def main():
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

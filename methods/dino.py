@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
@@ -103,7 +103,7 @@ def main():
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)  # Eq. 4
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -4,11 +4,11 @@
     prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     generative = mean_i F(x̃_i) - mean_i F(x1_i),  F(x) = log Σ_j exp s_j(x), a log density up to a constant
 
-z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (off
-in "GEDI no gen") raises F at images and lowers it at x̃, samples of the density, drawn by Langevin dynamics.
+z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (by
+default off: "GEDI no gen") raises F at images and lowers it at x̃, samples of the density, drawn by Langevin dynamics.
 
-What prevents collapse: the prior, log c if all classes are used equally, else more. `--prior-weight 0` removes it.
-CPLearn has the same loss, but fixed random classes and a fixed norm of z: by its Theorem 1 each z ends along one class.
+What prevents collapse: the prior, log c if classes are used equally, else more (off: `--prior-weight 0`). Invariance is
+log c if p are uniform. CPLearn: the same with fixed random classes, z of fixed norm; then each z ends along one class.
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
 Departs from the paper: batch norm in backbone and head, Adam, temperature 0.36. Run: python methods/gedi.py
@@ -24,13 +24,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # augment: as published
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # weak: as published; no VIEWS
     parser.add_argument("--c", type=common.integer(2), default=2048, help="number of classes")
     parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
     parser.add_argument("--prior-weight", type=common.number(0), default=1.0, help="weight of prior; 0: collapse")
@@ -42,7 +42,7 @@ def add_flags(parser):
 
 def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
     """The loss and its terms. s: scores (n, c). log_real, log_fake: F (n,) of images, samples. All float32."""
-    n, (log_p1, log_p2) = len(s1), (s.log_softmax(1) for s in (s1, s2))
+    n, log_p1, log_p2 = len(s1), s1.log_softmax(1), s2.log_softmax(1)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
     log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
     prior = -log_m.mean()  # over classes, u = 1 / c, and views
@@ -55,7 +55,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
@@ -113,7 +113,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -4,7 +4,7 @@
     compression = mean_i ½ logdet(I + d / (2 epsilon²) Z_i Z_iᵀ)
 
 Z (2n, d) holds the embeddings of two views of n images, scaled to length 1, and Z_i (2, d) those of image i. The terms
-are coding rates, nats for an embedding off by up to epsilon. If it is large, they are nearly quadratic in cosines.
+are coding rates: nats that describe an embedding up to an error of epsilon. If all z are equal, the loss is 0.
 
 What prevents collapse: `expansion`, largest if all directions are used alike. `--expansion-weight 0` removes it.
 
@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {}
 
@@ -40,8 +40,8 @@ def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
     """Compression minus expansion of two views' embeddings (n, d), float32: `loss`, `expansion` and `compression`."""
     # In double: float32 is too coarse for the determinant of a large matrix. mps has no double.
     w1, w2 = (nn.functional.normalize(z if z.device.type == "mps" else z.double(), dim=1) for z in (z1, z2))
-    w, d, a = torch.cat([w1, w2]), z1.shape[1], z1.shape[1] / (2 * epsilon**2)
-    gram = w.T @ w if d < len(w) else w @ w.T  # the smaller one: both give the same determinant
+    w, a = torch.cat([w1, w2]), z1.shape[1] / (2 * epsilon**2)
+    gram = w.T @ w if w.shape[1] < len(w) else w @ w.T  # the smaller one: both give the same determinant
     identity = torch.eye(len(gram), dtype=w.dtype, device=w.device)
     lower = torch.linalg.cholesky_ex(identity + a / len(z1) * gram)[0]  # positive definite, so it cannot fail
     expansion = lower.diagonal().log().sum().to(z1)  # logdet is twice this sum
@@ -55,7 +55,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
@@ -91,7 +91,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

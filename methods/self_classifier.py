@@ -4,11 +4,11 @@
     t = softmax over the batch of s / 0.05, then each row divided by its sum        (of one view: the target)
     p = softmax over classes of s / 0.1, then each column divided by its sum, times n / k   (of the other view)
 
-s (n, k): one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y); with all classes
-equally likely, t_iy is p(y | x_i) by Bayes' rule. Classifiers have k, 2k, 4k, ... classes; losses are averaged.
+s (n, k): one view's scores of n images for k learned classes. Softmax over the batch is p(x_i | y), with p(y) = 1 / k,
+t_iy is p(y | x_i) (Bayes). In p, 1 / k replaces the column's mean. Losses of k, 2k, 4k, ... classes are averaged.
 
-What prevents collapse: if all images have the same scores, the loss is log k. It is near 0 if views agree and classes
-have n / k images each (n < k: log(k / n)). With `--no-column-softmax`, without division by columns, one class wins.
+What prevents collapse: if all images have the same scores, the loss is log k. The least loss is 0, or log(k / n) if
+n < k. `--no-column-softmax` leaves out both steps over columns: one class wins, and the loss falls to 0, too.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
 Departs from the paper: Adam; two views, not eight; no neighbours as positives. Run: python methods/self_classifier.py
@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64}}
 
@@ -55,7 +55,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.LeakyReLU(),
             nn.Linear(d, 128),
@@ -101,7 +101,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -5,11 +5,11 @@
 z_i are the embeddings of the 2n views of n images, j(i) is the other view of view i's image, and sim is the cosine. The
 loss is `alignment`, the numerator's part, plus `uniformity`, the denominator's.
 
-What prevents collapse: the denominator grows when z_i comes close to other images, so images push each other apart. At
-a high `--temperature` it pushes near and far images alike, which is weak.
+What prevents collapse: the denominator grows when z_i comes close to other images, so images push each other apart. If
+all z are equal, the loss is log(2n - 1). At a high `--temperature` near images are pushed hardly more than far ones.
 
 "A Simple Framework for Contrastive Learning of Visual Representations", Chen et al., ICML 2020.
-Departs from the paper: Adam on batches of 512, not LARS on 4096. Its code doubles Eq. 1. Run: python methods/simclr.py
+Departs from the paper: Adam, batches of 512 (not LARS, 4096); half the loss of its code. Run: python methods/simclr.py
 """
 
 import sys
@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {}
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
@@ -82,7 +82,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -1,11 +1,11 @@
-"""SimSiam: predict one view's projection from the other view, without gradient into what is predicted.
+"""SimSiam: predict one view's projection from the other view; the target gets no gradient.
 
-    loss = -½ [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ],  mean over the images                           (Eqs. 1 and 2)
+    loss = -½ [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ],  mean over the images                           (Eqs. 1 and 4)
 
 z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
 What prevents collapse: predictor and stop-gradient together. If one is removed, all z fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them.
+point. `--no-predictor` and `--no-stop-gradient` remove them. The loss then falls to -1, too.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
 Departs from the paper: the predictor's learning rate also decays (there: constant). Run: python methods/simsiam.py
@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {"shapes": {"batch_size": 64}}
 
@@ -35,7 +35,7 @@ def add_flags(parser):
 
 
 def loss_fn(p1, p2, z1, z2, *, stop_gradient=True):
-    """Eq. 2 of two views' predictions p and projections z (n, d), as scalars `loss`, `loss12` and `loss21`."""
+    """Eq. 4 of two views' predictions p and projections z (n, d), as scalars `loss`, `loss12` and `loss21`."""
     t1, t2 = (z1.detach(), z2.detach()) if stop_gradient else (z1, z2)
     loss12 = -nn.functional.cosine_similarity(p1, t2).mean()
     loss21 = -nn.functional.cosine_similarity(p2, t1).mean()
@@ -46,7 +46,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False),  # no scale, no shift
@@ -85,7 +85,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
 SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),
@@ -103,7 +103,7 @@ def main():
             model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 

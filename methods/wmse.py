@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: other defaults for small data sets.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
 SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
@@ -66,7 +66,7 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
             common.fail(f"--embedding-dim {args.embedding_dim} needs a --part-size and a --batch-size of twice that")
-        d = args.projector_dim  # width of the layers
+        d = args.projector_dim  # width of layers where no other is given
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, args.embedding_dim, bias=False),
@@ -101,7 +101,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
     run.finish()
 
 
