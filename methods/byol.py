@@ -3,12 +3,13 @@
     loss = mean over images of [2 - 2 cos(p1, t2)] + [2 - 2 cos(p2, t1)]                                        (Eq. 2)
     teacher <- m teacher + (1 - m) student  after each step;  m rises from `--momentum` to 1 along a half cosine
 
-p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections.
+p1, p2: a predictor's outputs for the student's projections of an image's two views. t1, t2: the teacher's projections
+(no gradient). One point has loss 0, too.
 
 What prevents collapse: predictor and slow teacher. `--no-predictor --momentum 0` removes both (m then rises from 0).
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
-Departs from the paper: SGD, batches of 128, teacher's running statistics not averaged. Run: python methods/byol.py
+Departs from the paper: SGD, batches of 128, narrower layers. Run: python methods/byol.py
 """
 
 import sys
@@ -27,7 +28,7 @@ SIZES["shapes"] |= {"momentum": 0.95, "last_layer": "batchnorm"}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for loss / 4
+    parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for 4 × its loss
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--last-layer", choices=["linear", "batchnorm"], default="linear", help="of the projector")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
@@ -52,7 +53,7 @@ class Model(nn.Module):
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 256, bias=False), nn.BatchNorm1d(256) if args.last_layer == "batchnorm" else nn.Identity(),
         )  # fmt: skip
-        self.teacher = common.frozen_copy(self)  # of backbone and head; no gradient; in training mode
+        self.teacher = common.frozen_copy(self)  # of backbone and head; no gradient; batch norm uses the batch
         self.predictor = nn.Sequential(nn.Linear(256, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, 256, bias=False))
         if args.no_predictor:
             self.predictor = nn.Identity()
@@ -93,7 +94,7 @@ def main():
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()
 
 

@@ -5,11 +5,11 @@
 z1_i, z2_i: embeddings of image i's two views, scaled to length 1. Terms: `invariance` (the first), `center` (||s||²).
 
 What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. With views that agree, weight 1 makes the
-loss -½ (1 - ||s||²). So one point is worst, mean 0 best, be it by two opposite points. `--center-weight 0` frees s.
+loss -½ (1 - ||s||²). One point is worst, any mean 0 best, even two opposite points. `--center-weight 0` removes this.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s itself. The cosine of Eq. 4
-replaces its squared distance, 2 - 2 cosine, so weight 1 here is weight 2 there. Run: python methods/center_vector.py
+Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s. Its squared distance,
+2 - 2 cosine, is the cosine here (Eq. 4), so weight 1 here is weight 2 there. Run: python methods/center_vector.py
 """
 
 import sys
@@ -36,7 +36,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
-    """Eq. 32 of two views' embeddings (n, d), float32: scalars `loss`, `invariance` (minus cosine) and `center`."""
+    """After Eq. 32, of two views' embeddings (n, d), float32: `loss`, `invariance` (minus cosine) and `center`."""
     z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
     invariance = -(z1 * z2).sum(1).mean()
     mean = torch.cat([z1, z2]).mean(0)
@@ -84,7 +84,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()
 
 

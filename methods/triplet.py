@@ -4,7 +4,7 @@
          = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
 
 z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each is the anchor z_a in
-turn. z_p is the other view of its image, z_n each view of each other image. A margin of 4 is like infinity (Eq. 6).
+turn. z_p is the other view of its image, z_n each view of each other image. From margin 4 on nothing is cut (Eq. 6).
 
 What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--negatives none` removes them. `hardest`
 leaves each anchor its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
@@ -29,7 +29,7 @@ SIZES = {}
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--margin", type=common.number(0), default=1.0, help="squared distance; 4 is like infinity")
+    parser.add_argument("--margin", type=common.number(0), default=1.0, help="squared distance, which is at most 4")
     parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="which each anchor has")
 
 
@@ -42,7 +42,7 @@ def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
     similarity = z @ z.T  # (2n, 2n), a row for each anchor; rows i and i + n are two views of image i
     positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
     rows = torch.arange(2 * n, device=z.device)
-    others = (rows[:, None] + torch.cat([rows[1:n], rows[n + 1 :]])) % (2 * n)  # (2n, 2n - 2), views of other images
+    others = (rows[:, None] + torch.cat([rows[1:n], rows[n + 1 :]])) % (2 * n)  # (2n, 2n - 2): all rows but i and i ± n
     negative = similarity.gather(1, others)
     if negatives == "hardest":
         negative = negative.amax(1, keepdim=True)
@@ -92,7 +92,7 @@ def main():
             optimizer.step()
             run.step += 1
             run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # center_norm near 1 or a low rank: collapse
+        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()
 
 
