@@ -8,7 +8,7 @@ image i's views. u: the uniform p. CE(p, q) = -Σ_j p_j log q_j. tau = f / log(1
 code and 0 for the others has p = 1 - eps (c - 1). The log has both terms, `invariance` (without beta) and `prior`.
 
 What prevents collapse: the prior is log c if all images use one code, and 0 if the mean p is uniform. If c >> f, no z
-has uniform p, so z must differ by image; z in few dimensions would be near few codes. `--beta 10`: one code wins. Log:
+has uniform p, so z must differ by image; z in few dimensions reach too few codes. With `--beta 10` one code wins. Log:
 invariance + prior is log c if all z are equal, less in a good run. Prior >= log(c / n) if the n images have one-hot p.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
@@ -48,7 +48,7 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f), float32, of norm sqrt(f), and codes (f, c): `loss`, `invariance`, `prior`."""
+    """The loss of embeddings (n, f), float32, of norm sqrt(f) (l2), and codes (f, c): `loss`, `invariance`, `prior`."""
     n, c, codes = len(z1), codes.shape[1], codes.to(z1)
     log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
     invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
@@ -88,13 +88,13 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of layers where no other is given
+        d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
             nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
         )  # fmt: skip
         self.temperature = d / math.log(1 / args.eps - args.c + 1)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # tau of Eq. 1
+        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # not so for z
         self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
 
     def forward(self, x):

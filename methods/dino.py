@@ -8,11 +8,11 @@ s, t (n, k): cosines of one view's embeddings with k prototypes, of student and 
 mean t is over the images of both views. H(q, q) is the teacher's entropy, `entropy` in the log, and `divergence` is KL.
 
 What prevents collapse: centering stops one prototype from winning everywhere, sharpening (0.04 < 0.1) stops uniform q.
-`--no-centering`: `entropy` falls to 0. `--teacher-temperature 1`: it stays at log k. Good: between, `divergence` > 0.
+In collapse `entropy` is 0 (`--no-centering`) or log k (`--teacher-temperature 1`). In a good run it is between.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
 Departs from the paper: SGD, smaller head with batch norm, 2048 prototypes, m from 0.99, constant temperature and weight
-decay, no small crops, no clipping, student evaluated. Run: python methods/dino.py
+decay, no small crops, no clipping, no frozen layer, student evaluated. Run: python methods/dino.py
 """
 
 import sys
@@ -53,14 +53,14 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of layers where no other is given
+        d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.GELU(),
             nn.Linear(d, 256),
         )  # fmt: skip
         self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)
-        self.teacher = common.frozen_copy(self)  # a Model of backbone, head and prototypes; batch norm uses the batch
+        self.teacher = common.frozen_copy(self)  # of the modules above; no gradient; batch norm uses the batch
         self.register_buffer("center", torch.zeros(args.prototypes))
 
     def forward(self, x):

@@ -5,7 +5,7 @@
 z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
 What prevents collapse: predictor and stop-gradient together. If one is removed, all z fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them. The loss then falls to -1, too.
+point. `--no-predictor` and `--no-stop-gradient` remove them. Collapse, too, has loss -1.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
 Departs from the paper: the predictor's learning rate also decays (there: constant). Run: python methods/simsiam.py
@@ -46,7 +46,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of layers where no other is given
+        d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False),  # no scale, no shift

@@ -5,7 +5,7 @@
 
 s (n, k): cosines of the embeddings z of one view (rows) with k learned prototypes (columns). q gets no gradient.
 
-What prevents collapse: Sinkhorn (off: `--no-sinkhorn`). By it equal z have q = 1 / k, loss >= log k. Good runs: below.
+What prevents collapse: Sinkhorn (off: `--no-sinkhorn`). Equal z get q = 1 / k, so loss >= log k; good runs go lower.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
 Departs from the paper: no small crops, less jitter, Adam, 512 prototypes, optional queue. Run: python methods/swav.py
@@ -38,13 +38,13 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k), a queue's, join in q only."""
+    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k): from a queue, for q only."""
     losses = []
     for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
         log_q = torch.cat([s, earlier]).detach() / epsilon
         for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
             log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # rows sum to 1: just exp(log_q); for iterations=0 the softmax
+        q = log_q.softmax(1)[: len(s)]  # exp(log_q), or, if iterations=0, softmax(s / epsilon)
         losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
     return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
 
@@ -53,7 +53,7 @@ class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of layers where no other is given
+        d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, 128),

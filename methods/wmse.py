@@ -1,14 +1,14 @@
 """W-MSE: whiten each view's embeddings over parts of the batch, then make the views agree.
 
-    loss = mean_i ||w1_i - w2_i||² / d                                                                          (Eq. 3)
+    loss = mean_i ||w1_i - w2_i||² / dim                                                                        (Eq. 3)
     w = L⁻¹ (z - mean z),  L Lᵀ = Cov(z), L lower triangular                                             (Section 3.2)
 
-z are the embeddings (d dimensions) of one view in a part of the batch (`--part-size` images), w is their whitened form.
+z are the embeddings (`dim` wide) of one view in a part of the batch (`--part-size` images), w is their whitened form.
 w1_i and w2_i belong to image i's two views. With `--distance cosine` the loss is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions. With `--whitening batchnorm` all
 dimensions may become copies of one, with `none` all z may become equal. With `--distance cosine` lengths are free: many
-images may share one short w, if the others are long. Unrelated w have loss 2, equal ones 0.
+images may have one w near 0, if others have long ones. Unrelated w have loss 2, equal ones 0.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts, not
@@ -33,7 +33,7 @@ def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
     parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of whitened views")
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
-    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="d, at most half a part")
+    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="dim, at most half a part")
     parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
 
 
@@ -41,16 +41,16 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
-    """Eq. 3 of two views' embeddings (n, d), float32: `loss` and `cosine`. Cholesky: parts have more than d images."""
+    """Eq. 3 of two views' embeddings (n, dim), float32: `loss`, `cosine`. Cholesky: parts of more than dim images."""
     part, white = min(len(z1), part_size), []
     for z in (z1, z2):
         w = z if z.device.type == "mps" else z.double()  # Cholesky in float32 can fail; mps has no float64
-        w = w[: len(w) // part * part].reshape(-1, part, z.shape[1])  # (parts, part, d); what is left over is dropped
+        w = w[: len(w) // part * part].reshape(-1, part, z.shape[1])  # (parts, part, dim); what is left over is dropped
         w = w if whitening == "none" else w - w.mean(1, keepdim=True)
         w = w / (w.var(1, keepdim=True) + 1e-5).sqrt() if whitening == "batchnorm" else w
         if whitening == "cholesky":
-            cov, tiny = w.mT @ w / (part - 1), 1e3 * torch.finfo(w.dtype).eps  # cov (parts, d, d)
-            # Subtract, not add: a singular covariance must fail here and not pass by rounding.
+            cov, tiny = w.mT @ w / (part - 1), 1e3 * torch.finfo(w.dtype).eps  # cov (parts, dim, dim)
+            # The diagonal shrinks a little: else a singular covariance may pass by rounding.
             lower, info = torch.linalg.cholesky_ex(cov - tiny * cov.diagonal(dim1=1, dim2=2).diag_embed())
             lower = lower.masked_fill(info.view(-1, 1, 1) > 0, torch.nan)  # NaN: end_step then stops the run
             w = torch.linalg.solve_triangular(lower, w.mT, upper=False).mT  # rows: L⁻¹ (z - mean z)
@@ -66,7 +66,7 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         if args.whitening == "cholesky" and min(args.part_size, args.batch_size) < 2 * args.embedding_dim:
             common.fail(f"--embedding-dim {args.embedding_dim} needs a --part-size and a --batch-size of twice that")
-        d = args.projector_dim  # width of layers where no other is given
+        d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
             nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
             nn.Linear(d, args.embedding_dim, bias=False),
