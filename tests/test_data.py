@@ -230,13 +230,15 @@ def test_shapes_cannot_be_told_by_pixels_or_brightness():
 
 
 def test_a_network_that_is_told_the_labels_tells_the_shapes():
-    """So a shape can be learned. After 8 epochs its accuracy was 0.96."""
+    """So a shape can be learned. After 6 epochs its accuracy was 0.955 to 0.962 with four seeds."""
     torch.manual_seed(0)
     data = load(dataset="shapes", image_size=16)
     images, tests = (x.float() / 255 - 0.4 for x in (data.images, data.test_images))
-    backbone = common.build_backbone(argparse.Namespace(backbone="resnet8", width=16, image_size=16, dataset="shapes"))
-    net = torch.nn.Sequential(backbone, torch.nn.Linear(backbone.num_features, 10))
-    batches = [rows for _ in range(8) for rows in torch.randperm(5000).split(128)]
+    layers = []
+    for a, b in ((3, 16), (16, 32), (32, 64)):
+        layers += [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    net = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    batches = [rows for _ in range(6) for rows in torch.randperm(5000).split(128)]
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=len(batches))
     for rows in batches:
