@@ -8,7 +8,7 @@ s (n, k): one view's scores of n images for k learned classes. Softmax over the 
 t_iy is p(y | x_i) (Bayes). In p, 1 / k replaces the column's mean. Losses of k, 2k, 4k, ... classes are averaged.
 
 What prevents collapse: if all images have the same scores, the loss is log k. The least loss is 0, or log(k / n) if
-n < k. `--no-column-softmax` leaves out both steps over columns: one class wins, and the loss falls to 0, too.
+n < k. `--no-column-softmax` leaves out both steps over columns: one class wins, and the loss falls as well.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
 Departs from the paper: Adam; two views, not eight; no neighbours as positives. Run: python methods/self_classifier.py

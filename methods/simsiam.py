@@ -5,7 +5,7 @@
 z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
 
 What prevents collapse: predictor and stop-gradient together. If one is removed, all z fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them. Collapse, too, has loss -1.
+point. `--no-predictor` and `--no-stop-gradient` remove them. Collapse, too, has a loss near -1.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
 Departs from the paper: the predictor's learning rate also decays (there: constant). Run: python methods/simsiam.py

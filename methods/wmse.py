@@ -11,8 +11,8 @@ dimensions may become copies of one, with `none` all z may become equal. With `-
 images may have one w near 0, if others have long ones. Unrelated w have loss 2, equal ones 0.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
-Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts, not
-several; the learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
+Departs from the paper: Euclidean distance (--no_norm in the authors' code), not the cosine; one split into parts
+(theirs on CIFAR, too); the learning rate falls along a half cosine, not in steps. Run: python methods/wmse.py
 """
 
 import sys
