@@ -95,20 +95,25 @@ def gain(run, figure):
     return run["trained"][figure] - run["untrained"][figure]
 
 
+def spread(values, form=".3f"):
+    """Mean and standard deviation over the seeds."""
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
 def shapes(runs):
     """`again` runs are of the same seeds, on another CPU. The least gain is the least of all runs."""
     yield "| method | seeds | linear | kNN | kNN, made again | least gain of kNN | effective rank |"
     yield "|---|---|---|---|---|---|---|"
     for method in methods(runs, "shapes"):
         its, again = seeds(runs, f"shapes-{method}"), seeds(runs, f"again-{method}")
-        linear, knn, rank = (mean(its, "trained", figure) for figure in ("linear", "knn", "rank"))
+        linear, knn = (spread([run["trained"][figure] for run in its]) for figure in ("linear", "knn"))
+        second = spread([run["trained"]["knn"] for run in again])
         least = min(gain(run, "knn") for run in its + again)
-        second = f"{mean(again, 'trained', 'knn'):.3f}" if again else ""
-        rank = f"{rank:.1f} of {its[0]['trained']['dimensions']}"
-        yield f"| `{method}` | {len(its)} | {linear:.3f} | {knn:.3f} | {second} | {least:+.3f} | {rank} |"
+        rank = f"{mean(its, 'trained', 'rank'):.1f} of {its[0]['trained']['dimensions']}"
+        yield f"| `{method}` | {len(its)} | {linear} | {knn} | {second} | {least:+.3f} | {rank} |"
     its = seeds(runs, "shapes-cplearn")
-    linear, knn = (mean(its, "untrained", figure) for figure in ("linear", "knn"))
-    yield f"| untrained | {len(its)} | {linear:.3f} | {knn:.3f} | | | |"
+    linear, knn = (spread([run["untrained"][figure] for run in its]) for figure in ("linear", "knn"))
+    yield f"| untrained | {len(its)} | {linear} | {knn} | | | |"
 
 
 def ablations(runs):
@@ -155,11 +160,6 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def spread(values, form=".3f"):
-    """Mean and standard deviation over the seeds."""
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
-
-
 def fifty(runs):
     """Table A: every method at the same budget."""
     yield "| method | seeds | linear | kNN | NMI, shuffled, AMI | rank | center | codes | collapse | views/s | paper |"
@@ -183,6 +183,22 @@ def fifty(runs):
     if floor:
         linear, knn = (spread([run[key] for run in floor.values()]) for key in ("linear", "knn"))
         yield f"| untrained | | {linear} | {knn} | | | | | | | |"
+
+
+def remade(runs):
+    """Rows of Table A made again. What they differ by is counted in the first runs' deviation, then in that of both."""
+    yield "| method | figure | above | made again | apart, in deviations of the first | of both |"
+    yield "|---|---|---|---|---|---|"
+    for method in methods(runs, "refifty"):
+        for figure, name in {"linear": "linear", "knn": "kNN", "rank": "rank", "center_norm": "center norm"}.items():
+            first, again = (
+                [run["trained"][figure] for run in seeds(runs, f"{table}-{method}")] for table in ("fifty", "refifty")
+            )
+            form = ".1f" if figure == "rank" else ".3f"
+            apart = abs(statistics.mean(again) - statistics.mean(first))
+            both = math.sqrt((statistics.variance(first) + statistics.variance(again)) / 2)
+            cells = [spread(first, form), spread(again, form), f"{apart / statistics.stdev(first):.1f}"]
+            yield f"| `{method}` | {name} | {' | '.join(cells)} | {apart / both:.1f} |"
 
 
 def whole(runs):
@@ -343,6 +359,7 @@ TABLES = {
     "shapes": shapes,
     "ablations": ablations,
     "fifty": fifty,
+    "remade": remade,
     "whole": whole,
     "cifar": cifar,
     "sharpness": sharpness,
