@@ -201,9 +201,14 @@ def remade(runs):
             yield f"| `{method}` | {name} | {' | '.join(cells)} | {apart / both:.1f} |"
 
 
+WHOLE = " --dataset folder --data-dir cifar50 --width 16 --epochs 12 --precision bf16 --eval-every 2 --seed 0"
+
+
 def whole(runs):
-    """Table B: few methods on all images, then how kNN rises while they train."""
-    table = {method: runs[f"all-{method}-0"] for method in methods(runs, "all")}
+    """Table B: few methods on all images, named with the flags that are not those of all, then how kNN rises."""
+    its = [run for name, run in runs.items() if name.startswith("all-")]
+    its.sort(key=lambda run: -run["trained"]["knn"])
+    table = {run["command"].removeprefix("python methods/").replace(".py", "").replace(WHOLE, ""): run for run in its}
     yield "| method | linear | gain | kNN | gain | NMI, shuffled, AMI | rank | center | codes | collapse | paper |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for method, run in table.items():
@@ -215,7 +220,7 @@ def whole(runs):
         cells += [f"{its['rank']:.1f} of {its['dimensions']}", f"{its['center_norm']:.2f}"]
         cells.append(f"{its['used']} of {its['clusters']}" if "used_codes" in its else "")
         cells.append(", ".join(mode for mode, verdict in its["verdicts"].items() if verdict == "collapsed") or "none")
-        yield f"| {' | '.join([*cells, f'{PUBLISHED[method]:.3f}'])} |"
+        yield f"| {' | '.join([*cells, f'{PUBLISHED[method.split()[0]]:.3f}'])} |"
     yield ""
     epochs = [epoch for epoch, _ in next(iter(table.values()))["curve"]] if table else []
     yield f"| kNN after epoch | {' | '.join(str(epoch) for epoch in epochs)} |"
