@@ -583,7 +583,7 @@ def write_report(folder, title, intro, numbers, arrays, figures):
         plt.close(figure)
         common.atomic_write(folder / f"{name}.png", lambda file, png=png: file.write(png.getvalue()))
         with Image.open(png) as image:
-            image.convert("RGB").save(webp, "webp", quality=60)  # a quarter of the size, in the page
+            image.convert("RGB").save(webp, "webp", quality=60)  # a third of the size, in the page
             width = image.width // 2  # two pixels of the picture for each of the page: sharp on dense screens
         data = base64.b64encode(webp.getvalue()).decode()
         alt, caption = html.escape(name), html.escape(caption)
