@@ -185,10 +185,22 @@ def fifty(runs):
         yield f"| untrained | | {linear} | {knn} | | | | | | | |"
 
 
+def deviation(runs, figure):
+    """What a run of Table A differs by from others of its method: the root of the mean of all methods' variances. The
+    variances of rank and center norm are relative to their means, because methods differ much in them."""
+    variances = []
+    for method in methods(runs, "fifty"):
+        values = [run["trained"][figure] for run in seeds(runs, f"fifty-{method}")]
+        relative = figure in ("rank", "center_norm")
+        variances.append(statistics.variance(values) / (statistics.mean(values) ** 2 if relative else 1))
+    return math.sqrt(statistics.mean(variances))
+
+
 def remade(runs):
-    """Rows of Table A made again. What they differ by is counted in the first runs' deviation, then in that of both."""
-    yield "| method | figure | above | made again | all | apart, in deviations of the first | of both |"
-    yield "|---|---|---|---|---|---|---|"
+    """Rows of Table A made again: the difference of two means of n runs has sqrt(2 / n) times a run's deviation, and
+    one of 20 such differences is more than twice as large."""
+    yield "| method | figure | above | made again | apart | stated |"
+    yield "|---|---|---|---|---|---|"
     for method in methods(runs, "refifty"):
         for figure, name in {"linear": "linear", "knn": "kNN", "rank": "rank", "center_norm": "center norm"}.items():
             first, again = (
@@ -196,9 +208,14 @@ def remade(runs):
             )
             form = ".1f" if figure == "rank" else ".3f"
             apart = abs(statistics.mean(again) - statistics.mean(first))
-            both = math.sqrt((statistics.variance(first) + statistics.variance(again)) / 2)
-            cells = [f"`{method}`", name, *(spread(its, form) for its in (first, again, first + again))]
-            yield f"| {' | '.join(cells)} | {apart / statistics.stdev(first):.1f} | {apart / both:.1f} |"
+            stated = 2 * math.sqrt(1 / len(first) + 1 / len(again)) * deviation(runs, figure)
+            if figure in ("rank", "center_norm"):
+                stated *= statistics.mean(first)
+            cells = [f"`{method}`", name, spread(first, form), spread(again, form)]
+            yield f"| {' | '.join(cells)} | {apart:{form}} | {stated:{form}} |"
+    accuracy = " and ".join(f"{deviation(runs, key):.4f}" for key in ("linear", "knn"))
+    relative = " and ".join(f"{100 * deviation(runs, key):.1f} %" for key in ("rank", "center_norm"))
+    yield f"\nA run's deviation: {accuracy} in linear and kNN, {relative} of the mean in rank and center norm."
 
 
 WHOLE = " --dataset folder --data-dir cifar50 --width 16 --epochs 12 --precision bf16 --eval-every 2 --seed 0"
@@ -206,9 +223,9 @@ WHOLE = " --dataset folder --data-dir cifar50 --width 16 --epochs 12 --precision
 
 def whole(runs):
     """Table B: few methods on all images, named with the flags that are not those of all, then how kNN rises."""
-    its = [run for name, run in runs.items() if name.startswith("all-")]
-    its.sort(key=lambda run: -run["trained"]["knn"])
-    table = {run["command"].removeprefix("python methods/").replace(".py", "").replace(WHOLE, ""): run for run in its}
+    rows = [run for name, run in runs.items() if name.startswith("all-")]
+    rows.sort(key=lambda run: -run["trained"]["knn"])
+    table = {run["command"].removeprefix("python methods/").replace(".py", "").replace(WHOLE, ""): run for run in rows}
     yield "| method | linear | gain | kNN | gain | NMI, shuffled, AMI | rank | center | codes | collapse | paper |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for method, run in table.items():
