@@ -135,7 +135,8 @@ CIFAR = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "epoch
 
 
 def cifar(runs):
-    """A row for each method, named with the flags that are not those of all, and rows of "other" runs."""
+    """A row for each method, named with the flags that are not those of all, and rows of "other" runs. In brackets: the
+    recipe's mean less that of the shared settings, seed by seed, and its standard error."""
     yield "| method | seeds | linear | gain | kNN | gain | with Adam, 1e-3, 1e-4: seeds | linear | kNN |"
     yield "|---|---|---|---|---|---|---|---|---|"
     others = dict.fromkeys(name.split("-")[1] for name in runs if name.startswith("other-"))
@@ -147,7 +148,12 @@ def cifar(runs):
                 figures += [f"{mean(its, 'trained', figure):.3f}", f"{gains:+.3f}"]
             shown = before if table == "cifar" else []
             figures.append(f"{len(shown)}" if shown else "")
-            figures += [f"{mean(shown, 'trained', figure):.3f}" if shown else "" for figure in ("linear", "knn")]
+            for figure in ("linear", "knn"):
+                figures.append(f"{mean(shown, 'trained', figure):.3f}" if shown else "")
+                if len(shown) > 1:
+                    apart = [a["trained"][figure] - b["trained"][figure] for a, b in zip(its, shown, strict=True)]
+                    error = statistics.stdev(apart) / math.sqrt(len(apart))
+                    figures[-1] += f" ({statistics.mean(apart):+.3f} ± {error:.3f})"
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
             own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
             yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
