@@ -100,12 +100,17 @@ def spread(values, form=".3f"):
     return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
+def made_again(runs, method):
+    """Runs on the shapes of the same seeds, on another CPU or with another number of threads."""
+    return seeds(runs, f"again-{method}") + seeds(runs, f"third-{method}")
+
+
 def shapes(runs):
-    """`again` runs are of the same seeds, on another CPU. The least gain is the least of all runs."""
+    """Every method on the drawn shapes."""
     yield "| method | seeds | linear | kNN | kNN, made again | least gain of kNN | effective rank |"
     yield "|---|---|---|---|---|---|---|"
     for method in methods(runs, "shapes"):
-        its, again = seeds(runs, f"shapes-{method}"), seeds(runs, f"again-{method}")
+        its, again = seeds(runs, f"shapes-{method}"), made_again(runs, method)
         linear, knn = (spread([run["trained"][figure] for run in its]) for figure in ("linear", "knn"))
         second = spread([run["trained"]["knn"] for run in again])
         least = min(gain(run, "knn") for run in its + again)
