@@ -158,7 +158,7 @@ def cifar(runs):
                 if len(shown) > 1:
                     apart = [a["trained"][figure] - b["trained"][figure] for a, b in zip(its, shown, strict=True)]
                     error = statistics.stdev(apart) / math.sqrt(len(apart))
-                    figures[-1] += f" ({statistics.mean(apart):+.3f} ± {error:.3f})"
+                    figures[-1] += f" ({round(statistics.mean(apart), 3) + 0.0:+.3f} ± {error:.3f})"  # + 0.0: no -0.000
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
             own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
             yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
@@ -196,14 +196,15 @@ def fifty(runs):
         yield f"| untrained | | {linear} | {knn} | | | | | | | |"
 
 
+RELATIVE = ("rank", "center_norm")  # in these methods differ much, so a deviation is a share of the mean
+
+
 def deviation(runs, figure):
-    """What a run of Table A differs by from others of its method: the root of the mean of all methods' variances. The
-    variances of rank and center norm are relative to their means, because methods differ much in them."""
+    """What a run of Table A differs by from others of its method: the root of the mean of all methods' variances."""
     variances = []
     for method in methods(runs, "fifty"):
         values = [run["trained"][figure] for run in seeds(runs, f"fifty-{method}")]
-        relative = figure in ("rank", "center_norm")
-        variances.append(statistics.variance(values) / (statistics.mean(values) ** 2 if relative else 1))
+        variances.append(statistics.variance(values) / (statistics.mean(values) ** 2 if figure in RELATIVE else 1))
     return math.sqrt(statistics.mean(variances))
 
 
@@ -220,12 +221,12 @@ def remade(runs):
             form = ".1f" if figure == "rank" else ".3f"
             apart = abs(statistics.mean(again) - statistics.mean(first))
             stated = 2 * math.sqrt(1 / len(first) + 1 / len(again)) * deviation(runs, figure)
-            if figure in ("rank", "center_norm"):
+            if figure in RELATIVE:
                 stated *= statistics.mean(first)
             cells = [f"`{method}`", name, spread(first, form), spread(again, form)]
             yield f"| {' | '.join(cells)} | {apart:{form}} | {stated:{form}} |"
     accuracy = " and ".join(f"{deviation(runs, key):.4f}" for key in ("linear", "knn"))
-    relative = " and ".join(f"{100 * deviation(runs, key):.1f} %" for key in ("rank", "center_norm"))
+    relative = " and ".join(f"{100 * deviation(runs, key):.1f} %" for key in RELATIVE)
     yield f"\nA run's deviation: {accuracy} in linear and kNN, {relative} of the mean in rank and center norm."
 
 
