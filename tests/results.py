@@ -230,19 +230,22 @@ def remade(runs):
     yield f"\nA run's deviation: {accuracy} in linear and kNN, {relative} of the mean in rank and center norm."
 
 
-WHOLE = " --dataset folder --data-dir cifar50 --width 16 --epochs 12 --precision bf16 --eval-every 2 --seed 0"
+WHOLE = " --dataset folder --data-dir cifar50 --width 16 --epochs {} --precision bf16 --eval-every {} --seed 0"
 
 
 def whole(runs):
     """Table B: few methods on all images, named with the flags that are not those of all, then how kNN rises."""
-    rows = [run for name, run in runs.items() if name.startswith("all-")]
-    rows.sort(key=lambda run: -run["trained"]["knn"])
-    table = {run["command"].removeprefix("python methods/").replace(".py", "").replace(WHOLE, ""): run for run in rows}
-    yield "| method | linear | gain | kNN | gain | NMI, shuffled, AMI | rank | center | codes | collapse | paper |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for method, run in table.items():
+    rows = []
+    for run in (run for name, run in runs.items() if name.startswith("all-")):
+        own = re.sub(WHOLE.format(r"\d+", r"\d+"), "", run["command"])
+        rows.append((own.removeprefix("python methods/").replace(".py", ""), run["curve"][-1][0], run))
+    rows.sort(key=lambda row: (row[1], -row[2]["trained"]["knn"]))
+    columns = "epochs | linear | gain | kNN | gain | NMI, shuffled, AMI | rank | center | codes | collapse | paper"
+    yield f"| method | {columns} |"
+    yield "|---" * 12 + "|"
+    for method, epochs, run in rows:
         its = run["trained"]
-        cells = [f"`{method}`"]
+        cells = [f"`{method}`", str(epochs)]
         for figure in ("linear", "knn"):
             cells += [f"{its[figure]:.3f}", f"{gain(run, figure):+.3f}"]
         cells.append(" / ".join(f"{its[key]:.2f}" for key in ("nmi", "shuffled", "ami")))
@@ -251,11 +254,12 @@ def whole(runs):
         cells.append(", ".join(mode for mode, verdict in its["verdicts"].items() if verdict == "collapsed") or "none")
         yield f"| {' | '.join([*cells, f'{PUBLISHED[method.split()[0]]:.3f}'])} |"
     yield ""
-    epochs = [epoch for epoch, _ in next(iter(table.values()))["curve"]] if table else []
-    yield f"| kNN after epoch | {' | '.join(str(epoch) for epoch in epochs)} |"
-    yield "|---" * (1 + len(epochs)) + "|"
-    for method, run in table.items():
-        yield f"| `{method}` | {' | '.join(f'{knn:.3f}' for _, knn in run['curve'])} |"
+    at = range(0, 1 + max((epochs for _, epochs, _ in rows), default=0), 4)
+    yield f"| kNN after epoch | {' | '.join(map(str, at))} |"
+    yield "|---" * (1 + len(at)) + "|"
+    for method, epochs, run in rows:
+        knn = dict(run["curve"])
+        yield f"| `{method}`, {epochs} epochs | {' | '.join(f'{knn[e]:.3f}' if e in knn else '' for e in at)} |"
 
 
 PHOTOGRAPHS = "--dataset folder --data-dir cifar --image-size 16 --width 16"
