@@ -144,10 +144,10 @@ def cifar(runs):
     recipe's mean less that of the shared settings, seed by seed, and its standard error."""
     yield "| method | seeds | linear | gain | kNN | gain | with Adam, 1e-3, 1e-4: seeds | linear | kNN |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    others = dict.fromkeys(name.split("-")[1] for name in runs if name.startswith("other-"))
+    others = dict.fromkeys(name.removeprefix("other-").rpartition("-")[0] for name in runs if name.startswith("other-"))
     for table, names in (("cifar", methods(runs, "cifar")), ("other", others)):
-        for method in names:
-            its, before, figures = seeds(runs, f"{table}-{method}"), seeds(runs, f"shared-{method}"), []
+        for name in names:
+            its, before, figures = seeds(runs, f"{table}-{name}"), seeds(runs, f"shared-{name}"), []
             for figure in ("linear", "knn"):
                 gains = statistics.mean(gain(run, figure) for run in its)
                 figures += [f"{mean(its, 'trained', figure):.3f}", f"{gains:+.3f}"]
@@ -161,7 +161,7 @@ def cifar(runs):
                     figures[-1] += f" ({round(statistics.mean(apart), 3) + 0.0:+.3f} ± {error:.3f})"  # + 0.0: no -0.000
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
             own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
-            yield f"| `{method}{own}` | {len(its)} | {' | '.join(figures)} |"
+            yield f"| `{name.split('-')[0]}{own}` | {len(its)} | {' | '.join(figures)} |"
 
 
 # Linear accuracy with a whole ResNet-18 and 1000 epochs: solo-learn's README, or Table 8 of the CPLearn paper.
