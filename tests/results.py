@@ -151,12 +151,12 @@ def cifar(runs):
             for figure in ("linear", "knn"):
                 gains = statistics.mean(gain(run, figure) for run in its)
                 figures += [f"{mean(its, 'trained', figure):.3f}", f"{gains:+.3f}"]
-            shown = before if table == "cifar" else []
-            figures.append(f"{len(shown)}" if shown else "")
+            figures.append(f"{len(before)}" if before else "")
+            pairs = [(new, old) for new in its for old in before if new["seed"] == old["seed"]]
             for figure in ("linear", "knn"):
-                figures.append(f"{mean(shown, 'trained', figure):.3f}" if shown else "")
-                if len(shown) > 1:
-                    apart = [a["trained"][figure] - b["trained"][figure] for a, b in zip(its, shown, strict=True)]
+                figures.append(f"{mean(before, 'trained', figure):.3f}" if before else "")
+                if len(pairs) > 1:
+                    apart = [new["trained"][figure] - old["trained"][figure] for new, old in pairs]
                     error = statistics.stdev(apart) / math.sqrt(len(apart))
                     figures[-1] += f" ({round(statistics.mean(apart), 3) + 0.0:+.3f} ± {error:.3f})"  # + 0.0: no -0.000
             flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
