@@ -28,7 +28,7 @@ SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # Barlow-Twins-HSIC's, for Barlow Twins
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, batch_size=128)  # as in Barlow-Twins-HSIC
     parser.add_argument("--lambda-offdiag", type=common.number(0), default=0.0051, help="weight of redundancy")
 
 

@@ -28,7 +28,7 @@ SIZES = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, batch_size=128)  # as in Barlow-Twins-HSIC
     parser.add_argument("--invariance-weight", type=common.number(0), default=25.0, help="of the views' agreement")
     parser.add_argument("--variance-weight", type=common.number(0), default=25.0, help="0: total collapse")
     parser.add_argument("--covariance-weight", type=common.number(0), default=1.0, help="0: dimensional collapse")
