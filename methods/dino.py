@@ -26,11 +26,11 @@ import common
 
 # VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"lr": 0.06, "prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
+SIZES = {name: {"prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="sgd", lr=0.12, weight_decay=5e-4)  # lightly's CIFAR-10 benchmark
+    parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)  # lightly's CIFAR-10 benchmark
     parser.add_argument("--prototypes", type=common.integer(2), default=2048, help="number of prototypes")
     parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--teacher-temperature", type=common.number(0.001), default=0.04, help="the student's is 0.1")
