@@ -136,7 +136,14 @@ def ablations(runs):
             yield f"| `{flags}` | {' | '.join(cells)} |"
 
 
-CIFAR = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "epochs 20", "projector-dim 512"}
+USUAL = {"dataset folder", "data-dir cifar", "image-size 16", "width 16", "projector-dim 512"}
+
+
+def named(name, run, *usual):
+    """A method with those of the run's flags that are not the table's."""
+    flags = [part.strip() for part in run["command"].split("--")[1:]]
+    own = "".join(f" --{flag}" for flag in flags if flag not in USUAL.union(usual) and "seed" not in flag)
+    return f"`{name.split('-')[0]}{own}`"
 
 
 def cifar(runs):
@@ -159,9 +166,7 @@ def cifar(runs):
                     apart = [new["trained"][figure] - old["trained"][figure] for new, old in pairs]
                     error = statistics.stdev(apart) / math.sqrt(len(apart))
                     figures[-1] += f" ({round(statistics.mean(apart), 3) + 0.0:+.3f} ± {error:.3f})"  # + 0.0: no -0.000
-            flags = [part.strip() for part in its[0]["command"].split("--")[1:]]
-            own = "".join(f" --{flag}" for flag in flags if flag not in CIFAR and "seed" not in flag)
-            yield f"| `{name.split('-')[0]}{own}` | {len(its)} | {' | '.join(figures)} |"
+            yield f"| {named(name, its[0], 'epochs 20')} | {len(its)} | {' | '.join(figures)} |"
 
 
 # Linear accuracy with a whole ResNet-18 and 1000 epochs: solo-learn's README, or Table 8 of the CPLearn paper.
@@ -177,10 +182,11 @@ def fifty(runs):
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for method in methods(runs, "fifty"):
         its = [run["trained"] for run in seeds(runs, f"fifty-{method}")]
+        label = named(method, runs[f"fifty-{method}-0"], "epochs 50", "eval-every 5")
         values = {key: [run[key] for run in its] for key in its[0] if key not in ("verdicts", "mixture", "spectrum")}
         modes = [mode for run in its for mode, verdict in run["verdicts"].items() if verdict == "collapsed"]
         used = f"{statistics.mean(values['used']):.0f} of {its[0]['clusters']}" if "used_codes" in values else ""
-        cells = [f"`{method}`", f"{len(its)}", spread(values["linear"]), spread(values["knn"])]
+        cells = [label, f"{len(its)}", spread(values["linear"]), spread(values["knn"])]
         cells.append(" / ".join(f"{statistics.mean(values[key]):.2f}" for key in ("nmi", "shuffled", "ami")))
         cells += [
             f"{spread(values['rank'], '.1f')} of {its[0]['dimensions']}",
