@@ -10,7 +10,7 @@ What prevents collapse: a constant column standardises to 0, so C_ii = 0, which 
 sum grows if columns are copies of each other. `--lambda-offdiag 0` removes the second sum.
 
 "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", Zbontar et al., ICML 2021.
-Departs from the paper: Adam; lambda 0.0051, not 0.005; projector 2048, not 8192. Run: python methods/barlow_twins.py
+Departs from the paper: Adam, batches of 128; lambda 0.0051, projector 2048 wide. Run: python methods/barlow_twins.py
 """
 
 import sys

@@ -11,8 +11,8 @@ What prevents collapse: centering stops one prototype from winning everywhere, s
 In collapse `entropy` is 0 (`--no-centering`) or log k (`--teacher-temperature 1`). In a good run it is between.
 
 "Emerging Properties in Self-Supervised Vision Transformers", Caron et al., ICCV 2021.
-Departs from the paper: SGD, smaller head with batch norm, 2048 prototypes, m from 0.99, constant temperature and weight
-decay, no small crops, no clipping, no frozen layer, student evaluated. Run: python methods/dino.py
+Departs from the paper: SGD, batches of 128, small head with batch norm, 2048 prototypes, m from 0.99, constant
+temperature and weight decay, no small crops, clipping or frozen layer, student evaluated. Run: python methods/dino.py
 """
 
 import sys

@@ -8,7 +8,7 @@ What prevents collapse: predictor and stop-gradient together. If one is removed,
 point. `--no-predictor` and `--no-stop-gradient` remove them. Collapse, too, has a loss near -1.
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: the predictor's learning rate also decays (there: constant). Run: python methods/simsiam.py
+Departs from the paper: warm-up, batches of 128, the predictor's learning rate decays. Run: python methods/simsiam.py
 """
 
 import sys

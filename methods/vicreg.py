@@ -9,8 +9,8 @@ What prevents collapse: `variance` (v) grows if a dimension's standard deviation
 dimensions become copies of each other. `--variance-weight 0` and `--covariance-weight 0` remove these terms.
 
 "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning", Bardes et al., ICLR 2022.
-Departs from the paper: Adam, not LARS; projector 2048 wide, not 8192. As in the authors' code, the first term is a
-mean over j (Eq. 6: a sum), the two v are averaged (Eq. 6: added, `--sum-variance`). Run: python methods/vicreg.py
+Departs from the paper: Adam, batches of 128; projector 2048 wide, not 8192. As in the authors' code, the first term is
+a mean over j (Eq. 6: a sum), the two v are averaged (Eq. 6: added, `--sum-variance`). Run: python methods/vicreg.py
 """
 
 import sys
