@@ -5,7 +5,7 @@ Augmentation  draw_augmentation, augment    random parameters for each image, ap
 Backbones     build_backbone, frozen_copy   resnet8, resnet18, resnet50, vit_small, mlp
 Metrics       collapse_metrics, extract     center norm, effective rank, correlation, used codes, kNN accuracy
 Processes     gather, sum_gradients         several processes compute what one process with the whole batch would
-Run           parse_args, start, open_run   flags, optimizer, seeds, run folder, log, checkpoint, resume
+Run           parse_args, set_up, open_run  flags, optimizer, seeds, run folder, log, checkpoint, resume
 """
 
 import argparse
@@ -286,7 +286,7 @@ def two_views(data, args, views, epoch, first=0):
             partners = by_class[(count.cumsum(0) - count)[label] + (random * count[label]).long()]
             yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
         return
-    own = OWN_AUGMENT.get(args.dataset, {})
+    own = DATASET_AUGMENT.get(args.dataset, {})
     settings = [AUGMENT[args.augment] | (changes if args.augment == "strong" else {}) | own for changes in views]
     for step, images in enumerate(batches(data.images, order[:, mine], device), first):
         draw, source = generator(args.seed, epoch, step), images.shape[-1]
@@ -331,7 +331,7 @@ AUGMENT = {
              "flip": 0.5, "grayscale": 0.1, "blur": 0, "solarize": 0, "noise": 0.03},
 }  # fmt: skip
 # A mirrored digit is another sign. A crop of a twelfth of the image seldom holds the shape.
-OWN_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
+DATASET_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
 
 
 def draw_augmentation(n, settings, size, draw, source=None, rows=slice(None)):
@@ -700,8 +700,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(*rows):
-    """Each tensor (n / k, ...) of the k processes as the whole batch (n, ...), in float32 or better."""
-    rows = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in rows]
+    """Each tensor (n / k, ...) of the k processes as the whole batch (n, ...)."""
     return [Gather.apply(x.contiguous(), False) for x in rows] if world_size() > 1 else rows
 
 
@@ -734,7 +733,7 @@ def sum_gradients(model):
 # --- the flags
 
 # What a data set brings along where the command line says nothing else.
-SIZES = {name: {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16} for name in TOYS} | {
+DATASET_DEFAULTS = {name: {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16} for name in TOYS} | {
     "imagenet100": {"image_size": 224},
     "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 256},
 }
@@ -752,7 +751,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help + ("" if action.default in (None, False, argparse.SUPPRESS) else " [%(default)s]")
 
 
-def number(least, most=math.inf, kind=float):
+def bounded_float(least, most=math.inf, kind=float):
     """An argparse `type`: a finite number from `least` to `most`."""
 
     def parse(text):
@@ -766,7 +765,7 @@ def number(least, most=math.inf, kind=float):
     return parse
 
 
-integer = functools.partial(number, kind=int)
+bounded_int = functools.partial(bounded_float, kind=int)
 
 
 # fmt: off
@@ -776,25 +775,25 @@ def add_shared_flags(parser):
     flag("--dataset", choices=DATASETS, default="cifar10", help="cifar10, cifar100, svhn: downloaded; imagenet100, "
          "folder: your images; shapes, blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds")
     flag("--data-dir", default="data", help="where images are or will be; a folder has train/<class>/*, val/<class>/*")
-    flag("--image-size", type=integer(8), default=32, help="side in pixels")
+    flag("--image-size", type=bounded_int(8), default=32, help="side in pixels")
     flag("--backbone", choices=["resnet8", "resnet18", "resnet50", "vit_small", "mlp"], default="resnet18",
          help="blobs and moons need mlp, all images one of the others")
-    flag("--width", type=integer(1), help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]")
-    flag("--projector-dim", type=integer(4), default=2048, help="width of the projector")
+    flag("--width", type=bounded_int(1), help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]")
+    flag("--projector-dim", type=bounded_int(4), default=2048, help="width of the projector")
     flag("--augment", choices=["strong", "weak"], default="strong", help="weak: small shifts, rare color jitter, noise")
-    flag("--epochs", type=integer(1), default=200, help="passes over the data; with --resume, more prolong a run")
-    flag("--batch-size", type=integer(2), default=256, help="images in a step, of all processes together")
+    flag("--epochs", type=bounded_int(1), default=200, help="passes over the data; with --resume, more prolong a run")
+    flag("--batch-size", type=bounded_int(2), default=256, help="images in a step, of all processes together")
     flag("--optimizer", choices=["sgd", "adam", "lars"], help="sgd and lars have momentum 0.9")
-    flag("--lr", type=number(0), help="highest learning rate: a linear warm-up to it, then a half cosine to 0")
-    flag("--weight-decay", type=number(0), help="L2 penalty on weights, not on biases and norms")
-    flag("--warmup-epochs", type=number(0), help="epochs of warm-up [10, but at most a tenth of the epochs]")
-    flag("--seed", type=integer(0), default=0, help="of the weights, the order and the augmentation")
+    flag("--lr", type=bounded_float(0), help="highest learning rate: a linear warm-up to it, then a half cosine to 0")
+    flag("--weight-decay", type=bounded_float(0), help="L2 penalty on weights, not on biases and norms")
+    flag("--warmup-epochs", type=bounded_float(0), help="epochs of warm-up [10, but at most a tenth of the epochs]")
+    flag("--seed", type=bounded_int(0), default=0, help="of the weights, the order and the augmentation")
     flag("--device", choices=["cuda", "mps", "cpu"], help="[cuda if there is one, else mps, else cpu]")
     flag("--precision", choices=["bf16", "fp32"], help="of the network, not the loss [bf16 on a GPU that has it, "
          "else fp32, because bf16 is then slower]")
     flag("--compile", action="store_true", help="compile the network with torch.compile: slow start, faster steps")
-    flag("--eval-every", type=integer(1), default=10, help="epochs between measurements of kNN accuracy")
-    flag("--save-every", type=integer(1), default=1, help="epochs between checkpoints")
+    flag("--eval-every", type=bounded_int(1), default=10, help="epochs between measurements of kNN accuracy")
+    flag("--save-every", type=bounded_int(1), default=1, help="epochs between checkpoints")
     flag("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
     flag("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
 # fmt: on
@@ -815,7 +814,7 @@ def parse_args(file, doc, add_flags, sizes):
     first.add_argument("--paper", action="store_true")
     known = first.parse_known_args()[0]
     for name in [known.dataset, *["paper"] * known.paper]:
-        parser.set_defaults(**SIZES.get(name, {}) | sizes.get(name, {}))
+        parser.set_defaults(**DATASET_DEFAULTS.get(name, {}) | sizes.get(name, {}))
     args = parser.parse_args()
     args.method = Path(file).stem
     recipe = parser.get_default("optimizer")
@@ -846,7 +845,7 @@ def has_bf16(device):
     return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8)
 
 
-def start(args):
+def set_up(args):
     """Joins the other processes under torchrun, seeds torch, and returns the device."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -984,7 +983,8 @@ class Run:
             yield epoch, self.step % self.steps_per_epoch
 
     def end_step(self, terms):
-        """Adds up the loss terms of the step. After Ctrl-C or SIGTERM, saves and exits."""
+        """Counts the step and adds up its loss terms. After Ctrl-C or SIGTERM, saves and exits."""
+        self.step += 1
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         steps = (self.step - 1) % self.steps_per_epoch + 1

@@ -21,15 +21,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-6} for name in (*common.TOYS, "shapes")}
-SIZES["shapes"] |= {"momentum": 0.95, "last_layer": "batchnorm"}
+DEFAULTS = {name: {"optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-6} for name in (*common.TOYS, "shapes")}
+DEFAULTS["shapes"] |= {"momentum": 0.95, "last_layer": "batchnorm"}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)  # lightly's, for 4 × its loss
-    parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
+    parser.add_argument("--momentum", type=common.bounded_float(0, 1), default=0.99, help="m at the start")
     parser.add_argument("--last-layer", choices=["linear", "batchnorm"], default="linear", help="of the projector")
     parser.add_argument("--no-predictor", action="store_true", help="compare the projection itself with the teacher's")
 
@@ -70,29 +70,28 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
-            p1, p2, t1, t2 = common.gather(p1, p2, t1, t2)  # float32; all processes' rows
+            p1, p2, t1, t2 = common.gather(p1.float(), p2.float(), t1.float(), t2.float())  # float32; all processes' rows
             terms = loss_fn(p1, p2, t1, t2)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
-            run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

@@ -26,18 +26,18 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 PAPER = {"eps": 1e-8, "weight_decay": 1e-4}  # in `--paper` and for small data sets
-SIZES = {"shapes": {"c": 1024, "beta": 0.25} | PAPER, **{name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}}
-SIZES["paper"] = {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER
+DEFAULTS = {"shapes": {"c": 1024, "beta": 0.25} | PAPER, **{name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}}
+DEFAULTS["paper"] = {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--c", type=common.integer(2, 2**26), default=16384, help="number of codes")
-    parser.add_argument("--beta", type=common.number(0), default=0.05, help="weight of invariance")
-    parser.add_argument("--eps", type=common.number(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
+    parser.add_argument("--c", type=common.bounded_int(2, 2**26), default=16384, help="number of codes")
+    parser.add_argument("--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance")
+    parser.add_argument("--eps", type=common.bounded_float(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
     parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
     parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
     parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
@@ -108,27 +108,26 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
+            z1, z2 = common.gather(z1.float(), z2.float())  # float32; all processes' rows
             loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
             terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

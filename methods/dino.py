@@ -24,16 +24,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
+DEFAULTS = {name: {"prototypes": 64, "teacher_temperature": 0.02} for name in (*common.TOYS, "shapes")}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)  # lightly's CIFAR-10 benchmark
-    parser.add_argument("--prototypes", type=common.integer(2), default=2048, help="number of prototypes")
-    parser.add_argument("--momentum", type=common.number(0, 1), default=0.99, help="m at the start")
-    parser.add_argument("--teacher-temperature", type=common.number(0.001), default=0.04, help="the student's is 0.1")
+    parser.add_argument("--prototypes", type=common.bounded_int(2), default=2048, help="number of prototypes")
+    parser.add_argument("--momentum", type=common.bounded_float(0, 1), default=0.99, help="m at the start")
+    parser.add_argument("--teacher-temperature", type=common.bounded_float(0.001), default=0.04, help="the student's is 0.1")
     parser.add_argument("--no-centering", action="store_true", help="do not subtract the center")
 
 
@@ -78,15 +78,15 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -101,7 +101,6 @@ def main():
             optimizer.step()
             model.update_teacher(m=run.cosine(args.momentum, 1))  # m rises to 1 along a half cosine
             model.center.lerp_(torch.cat([t1, t2]).mean(0), 0.0 if args.no_centering else 0.1)  # Eq. 4
-            run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

@@ -24,15 +24,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-SIZES = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64}}
+DEFAULTS = {name: {"classes": 16, "classifiers": 2} for name in common.TOYS} | {"shapes": {"classes": 64}}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--classes", type=common.integer(2), default=1000, help="k, of the first classifier")
-    parser.add_argument("--classifiers", type=common.integer(1, 8), default=4, help="each has twice as many classes")
+    parser.add_argument("--classes", type=common.bounded_int(2), default=1000, help="k, of the first classifier")
+    parser.add_argument("--classifiers", type=common.bounded_int(1, 8), default=4, help="each has twice as many classes")
     parser.add_argument("--no-column-softmax", action="store_true", help="softmax over classes alone; collapses")
 
 
@@ -80,15 +80,15 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -99,7 +99,6 @@ def main():
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

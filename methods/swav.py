@@ -20,16 +20,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-SIZES = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
+DEFAULTS = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
-    parser.add_argument("--prototypes", type=common.integer(2), default=512, help="number of clusters")
-    parser.add_argument("--epsilon", type=common.number(0.001), default=0.05, help="0.02 if q stays uniform")
-    parser.add_argument("--queue", type=common.integer(0), default=0, help="past embeddings, for q from epoch 15 on")
+    parser.add_argument("--prototypes", type=common.bounded_int(2), default=512, help="number of clusters")
+    parser.add_argument("--epsilon", type=common.bounded_float(0.001), default=0.05, help="0.02 if q stays uniform")
+    parser.add_argument("--queue", type=common.bounded_int(0), default=0, help="past embeddings, for q from epoch 15 on")
     parser.add_argument("--no-sinkhorn", action="store_true", help="q = softmax(s / epsilon); collapses")
     parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
 
@@ -77,15 +77,15 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -100,8 +100,7 @@ def main():
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             model.normalise_prototypes()
-            model.queue = torch.cat([torch.stack(common.gather(z1, z2)).detach(), model.queue], 1)[:, : args.queue]
-            run.step += 1
+            model.queue = torch.cat([torch.stack(common.gather(z1.float(), z2.float())).detach(), model.queue], 1)[:, : args.queue]
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

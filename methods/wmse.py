@@ -24,17 +24,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. SIZES: a data set's own defaults.
+# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-SIZES = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
+DEFAULTS = {name: {"embedding_dim": 8, "part_size": 32} for name in common.TOYS} | {"shapes": {"projector_dim": 1024}}
 
 
 def add_flags(parser):
     parser.set_defaults(optimizer="adam", lr=3e-3, weight_decay=1e-6, batch_size=512, projector_dim=1024)  # W-MSE's own
     parser.add_argument("--distance", choices=["euclidean", "cosine"], default="euclidean", help="of whitened views")
     parser.add_argument("--whitening", choices=["cholesky", "batchnorm", "none"], default="cholesky", help="see above")
-    parser.add_argument("--embedding-dim", type=common.integer(1), default=64, help="dim, at most half a part")
-    parser.add_argument("--part-size", type=common.integer(2), default=128, help="images that are whitened together")
+    parser.add_argument("--embedding-dim", type=common.bounded_int(1), default=64, help="dim, at most half a part")
+    parser.add_argument("--part-size", type=common.bounded_int(2), default=128, help="images that are whitened together")
 
 
 # --- the method
@@ -80,26 +80,25 @@ class Model(nn.Module):
 
 
 def main():
-    args = common.parse_args(__file__, __doc__, add_flags, SIZES)
-    device = common.start(args)
+    args = common.parse_args(__file__, __doc__, add_flags, DEFAULTS)
+    device = common.set_up(args)
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data)
 
-    for epoch, first in run.epochs():  # a resumed epoch begins at its step `first`
-        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first):
+    for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
+        for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1, z2)  # float32; all processes' rows
+            z1, z2 = common.gather(z1.float(), z2.float())  # float32; all processes' rows
             terms = loss_fn(z1, z2, distance=args.distance, whitening=args.whitening, part_size=args.part_size)
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.step += 1
             run.end_step(terms)
         run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
     run.finish()

@@ -34,7 +34,7 @@ def rehearse(script, *flags, device="cuda", watch, change=lambda module: None, a
     trained, steps = [], []
     open_run, two_views, end_step, sgd = common.open_run, common.two_views, common.Run.end_step, torch.optim.SGD
 
-    def start(args):
+    def set_up(args):
         args.precision = args.precision or "bf16"
         torch.manual_seed(args.seed)
         return torch.device(device, 0) if device == "cuda" else torch.device("cpu")
@@ -58,8 +58,8 @@ def rehearse(script, *flags, device="cuda", watch, change=lambda module: None, a
             yield from two_views(*args)
 
     def count(run, terms):
-        steps.append(run.step)
         end_step(run, terms)
+        steps.append(run.step)
         after_step(run.step)
 
     def backward(loss):
@@ -73,7 +73,7 @@ def rehearse(script, *flags, device="cuda", watch, change=lambda module: None, a
             stack.enter_context(patch.object(owner, name, value))
 
         # What happens on the host or between epochs, or needs numbers.
-        replace(common, "start", start)
+        replace(common, "set_up", set_up)
         replace(common, "load_data", load_data)
         replace(common, "open_run", keep)
         replace(common, "two_views", watched)

@@ -37,7 +37,7 @@ def test_training_half_is_the_same(name):
     def frame(text):
         text = between(text, "# --- training")
         loss = between(text, "                z1, z2 = model(x1), model(x2)", "            optimizer.zero_grad()")
-        update = between(text, "            optimizer.step()\n", "            run.step += 1")
+        update = between(text, "            optimizer.step()\n", "            run.end_step(terms)")
         return text.replace(loss, "").replace(update, ""), loss, update
 
     own, loss, update = frame(SOURCE[name])

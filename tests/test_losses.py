@@ -412,7 +412,7 @@ def test_byol_is_its_equation(methods, n):
 def parse(methods, name, *flags):
     """The flags of the method's script on this command line."""
     with mock.patch.object(sys, "argv", [name, *flags]):
-        return common.parse_args(f"{name}.py", "", methods[name].add_flags, methods[name].SIZES)
+        return common.parse_args(f"{name}.py", "", methods[name].add_flags, methods[name].DEFAULTS)
 
 
 def main(methods, name, *flags):

@@ -31,7 +31,7 @@ def test_every_command_parses(method, monkeypatch):
         assert (python, script) == ("python", f"methods/{method}.py")
         monkeypatch.setattr("sys.argv", [script, *flags])
         module = evaluate.load_method(method)
-        args = common.parse_args(script, "", module.add_flags, module.SIZES)
+        args = common.parse_args(script, "", module.add_flags, module.DEFAULTS)
         assert isinstance(args, argparse.Namespace) and args.seed == run["seed"] == int(name.rpartition("-")[2])
         for figures in (run["untrained"], run["trained"]):
             assert all(0 <= figures[key] <= 1 for key in ("linear", "knn", "nmi"))
