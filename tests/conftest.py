@@ -49,7 +49,7 @@ class Result:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also the long form of tests/test_survival.py")
+    parser.addoption("--long", action="store_true", help="also the long form of tests/test_killed_runs_and_damaged_files.py")
 
 
 @pytest.fixture(scope="session")

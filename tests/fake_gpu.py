@@ -28,7 +28,7 @@ def real(function):
     return call
 
 
-def rehearse(script, *flags, device="cuda", watch, change=lambda module: None, after_step=lambda step: None):
+def two_steps(script, *flags, device="cuda", watch, change=lambda module: None, after_step=lambda step: None):
     """Runs two steps of methods/<script>.py within `watch()`, a context that sees their operations. `change` is called
     with the script's module before, `after_step` with 1 and 2 after each step."""
     trained, steps = [], []

@@ -1,10 +1,10 @@
 """Training on a GPU that is not there: a step must not read anything back, must not copy from the host in a way that
-waits, and must not mix devices (tests/rehearsal.py says how)."""
+waits, and must not mix devices (tests/fake_gpu.py says how)."""
 
 import pytest
 import torch
 from conftest import METHODS
-from rehearsal import rehearse
+from fake_gpu import two_steps
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,24 +54,24 @@ OTHERS = ("--c 1048576", "--augment weak", "--optimizer lars --lr 1", "--image-s
 )
 def test_a_step_never_waits(method, backbone):
     flags = [*SMALL, *FLAGS.get(method, []), "--backbone", *backbone.split()]
-    rehearse(method, *flags, device="cuda", watch=NeverWait)
+    two_steps(method, *flags, device="cuda", watch=NeverWait)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_with_its_backward_never_waits(method):
-    rehearse(method, *SMALL, *FLAGS.get(method, []), "--backbone", "resnet8", device="cpu", watch=NeverWait)
+    two_steps(method, *SMALL, *FLAGS.get(method, []), "--backbone", "resnet8", device="cpu", watch=NeverWait)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("flags", OTHERS)
 def test_a_step_of_another_kind_never_waits(flags, device):
-    rehearse("cplearn", *SMALL, "--c", "64", *flags.split(), device=device, watch=NeverWait)
+    two_steps("cplearn", *SMALL, "--c", "64", *flags.split(), device=device, watch=NeverWait)
 
 
 def test_a_step_with_langevin_dynamics_never_waits():
     """On fake tensors of the CPU, because these dynamics are a backward pass."""
     flags = ["--backbone", "resnet8", "--c", "64", "--generative-weight", "0.1"]
-    rehearse("gedi", *SMALL, *flags, device="cpu", watch=NeverWait)
+    two_steps("gedi", *SMALL, *flags, device="cpu", watch=NeverWait)
 
 
 def before_loss(act):
@@ -115,4 +115,4 @@ def test_the_rehearsal_sees(what, monkeypatch):
     for name in ("batches", "grayscale", "shift_hue"):
         monkeypatch.setattr(common, name, getattr(common, name))  # what the change replaces comes back
     with pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException)):
-        rehearse("vicreg", *SMALL, change=WAITING[what], watch=NeverWait)
+        two_steps("vicreg", *SMALL, change=WAITING[what], watch=NeverWait)
