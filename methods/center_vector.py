@@ -1,15 +1,24 @@
-"""Center vector: make two views agree and keep the mean of all embeddings, the center vector, short.
+"""Center vector: make two views agree, and keep the mean of all embeddings, their center, short.
 
-    loss = ½ [ -mean_i ⟨z1_i, z2_i⟩ + center_weight ||s||² ],  s = mean of all 2n embeddings             (after Eq. 32)
+    loss = 1/2 [ -mean_i <z1_i, z2_i> + center_weight ||s||^2 ]                      (after Eq. 32)
+    s = mean of all 2n embeddings, the center vector
 
-z1_i, z2_i: embeddings of image i's two views, scaled to length 1. Terms: `invariance` (the first), `center` (||s||²).
+z1_i and z2_i are the embeddings of image i's two views, scaled to length 1. The log shows the first
+term as `invariance` and ||s||^2 as `center`.
 
-What prevents collapse: if all embeddings are equal, ||s|| is 1, its maximum. With views that agree, weight 1 makes the
-loss -½ (1 - ||s||²). One point is worst, any mean 0 best, even two opposite points. `--center-weight 0` removes this.
+What prevents collapse: the second term. If all embeddings are equal, ||s|| is 1, which is its
+maximum. `--center-weight 0` removes it. Where the views agree, the loss at weight 1 is
+-1/2 (1 - ||s||^2). So one point is worst, and every set of embeddings with mean 0 is best, even two
+opposite points. Therefore the method may live with few dimensions.
+
+In the log: collapse is `center` near 1. In a good run `invariance` falls to near -1 while `center`
+stays near 0.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: ||s||² (or ||s||, `--penalty norm`), where Eq. 32 adds the vector s. Its squared distance,
-2 - 2 cosine, is the cosine here (Eq. 4), so weight 1 here is weight 2 there. Run: python methods/center_vector.py
+Departs from the paper: the penalty is ||s||^2 (or ||s||, with `--penalty norm`), where Eq. 32 adds
+the vector s itself. The paper's squared distance, 2 - 2 cosine, is the cosine here (Eq. 4), so
+weight 1 here is weight 2 there.
+Run: python methods/center_vector.py
 """
 
 import sys
@@ -21,27 +30,44 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+# This method's own defaults for a data set, by its name.
 DEFAULTS = {"shapes": {"epochs": 30}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--center-weight", type=common.bounded_float(0), default=1.0, help="weight of center; 0: collapse")
-    parser.add_argument("--penalty", choices=["squared", "norm"], default="squared", help="||s||² or ||s||")
+    # Our choice: the paper names no settings for images.
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)
+    parser.add_argument(
+        "--center-weight",
+        type=common.bounded_float(0),
+        default=1.0,
+        help="weight of the center vector's penalty; 0: collapse",
+    )
+    parser.add_argument(
+        "--penalty",
+        choices=["squared", "norm"],
+        default="squared",
+        help="squared: ||s||^2; norm: ||s||",
+    )
 
 
 # --- the method
 
 
 def loss_fn(z1, z2, *, center_weight=1.0, penalty="squared"):
-    """After Eq. 32, of two views' embeddings (n, d), float32: `loss`, `invariance` (minus cosine) and `center`."""
-    z1, z2 = (nn.functional.normalize(z, dim=1) for z in (z1, z2))
+    """After Eq. 32, of two views' embeddings (n, d), float32: `loss`, `invariance`, `center`."""
+    z1 = nn.functional.normalize(z1, dim=1)
+    z2 = nn.functional.normalize(z2, dim=1)
     invariance = -(z1 * z2).sum(1).mean()
-    mean = torch.cat([z1, z2]).mean(0)
-    center = mean.square().sum() if penalty == "squared" else mean.norm()
-    return {"loss": (invariance + center_weight * center) / 2, "invariance": invariance, "center": center}
+    s = torch.cat([z1, z2]).mean(0)
+    if penalty == "squared":
+        center = s.square().sum()
+    else:
+        center = s.norm()
+    loss = (invariance + center_weight * center) / 2
+    return {"loss": loss, "invariance": invariance, "center": center}
 
 
 class Model(nn.Module):
@@ -50,10 +76,14 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(self.backbone.num_features, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
             nn.Linear(d, d, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+        )
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -72,18 +102,25 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1.float(), z2.float())  # float32; all processes' rows
+                z1, z2 = model(x1), model(x2)
+
+            # The loss is of all processes' rows, in float32.
+            z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

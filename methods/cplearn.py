@@ -1,19 +1,29 @@
-"""CPLearn: give both views of an image the same distribution over c random codes, and use all codes equally often.
+"""CPLearn: give both views of an image the same share of each of c random codes, and use all codes.
 
-    p = softmax(Wᵀ z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                                           (Eq. 1)
-    loss = beta ½ mean_i [CE(p1_i, p2_i) + CE(p2_i, p1_i)] + ½ [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
+    p = softmax(W^T z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                     (Eq. 1)
+    loss = beta invariance + prior                                     (Eq. 2, with Appendix N's KL)
+    invariance = mean_i 1/2 [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
+    prior      = 1/2 [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
-h: the backbone's features of a view. z (f,): its embedding. W (f, c): codes, random ±1, never trained. p1_i, p2_i: p of
-image i's views. u: the uniform p. CE(p, q) = -Σ_j p_j log q_j. tau = f / log(1 / eps - c + 1): z with score f for one
-code and 0 for the others has p = 1 - eps (c - 1). The log has both terms, `invariance` (without beta) and `prior`.
+h are the backbone's features of a view, and z (f,) is its embedding. W (f, c) are the codes: random
+entries of +1 and -1, which are never trained. p1_i and p2_i are the p of image i's two views, and u
+is the uniform distribution. CE(p, q) = -sum_j p_j log q_j. tau = f / log(1 / eps - c + 1): a z that
+has score f for one code and 0 for all others has p = 1 - eps (c - 1) there. The log shows both
+terms, invariance without beta.
 
-What prevents collapse: the prior is log c if all images use one code, and 0 if the mean p is uniform. If c >> f, no z
-has uniform p, so z must differ by image; z in few dimensions reach too few codes. With `--beta 10` one code wins. Log:
-invariance + prior is log c if all z are equal, less in a good run. Prior >= log(c / n) if the n images have one-hot p.
+What prevents collapse: the prior is log c if all images use one code, and 0 if the mean of p is
+uniform. With c much larger than f no single z has uniform p. So z must differ between images, and
+z in few dimensions reach too few codes. `--beta 10` drowns the prior, and one code wins.
 
-"Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars, ICML 2025.
-Departs from the paper: no 1 / sqrt(n) in z and tau, which cancels; the prior is of its Appendix N; eps, beta, batch
-size, learning rate, decay and activation: `--paper` has all but the prior. Run: python methods/cplearn.py --c 16384
+In the log: invariance + prior is log c if all z are equal, and less in a good run. prior is at
+least log(c / n) if each of the n images has one code for itself.
+
+"Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars,
+ICML 2025.
+Departs from the paper: the factor 1 / sqrt(n) in z and in tau is left out, because it cancels. The
+prior is that of Appendix N. eps, beta, batch size, learning rate, decay and activation are others.
+`--paper` has the paper's, but for the prior.
+Run: python methods/cplearn.py --c 16384
 """
 
 import math
@@ -26,82 +36,181 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-PAPER = {"eps": 1e-8, "weight_decay": 1e-4}  # in `--paper` and for small data sets
-DEFAULTS = {"shapes": {"c": 1024, "beta": 0.25} | PAPER, **{name: {"c": 64, "beta": 0.5} | PAPER for name in common.TOYS}}
-DEFAULTS["paper"] = {"beta": 1.0, "batch_size": 64, "lr": 2.5e-4, "activation": "tanh-unscaled"} | PAPER
+# This method's own defaults for a data set, by its name, and those of --paper.
+DEFAULTS = {
+    "shapes": {"c": 1024, "beta": 0.25, "eps": 1e-8, "weight_decay": 1e-4},
+    "blobs": {"c": 64, "beta": 0.5, "eps": 1e-8, "weight_decay": 1e-4},
+    "moons": {"c": 64, "beta": 0.5, "eps": 1e-8, "weight_decay": 1e-4},
+    "paper": {
+        "beta": 1.0,
+        "eps": 1e-8,
+        "batch_size": 64,
+        "lr": 2.5e-4,
+        "weight_decay": 1e-4,
+        "activation": "tanh-unscaled",
+    },
+}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--c", type=common.bounded_int(2, 2**26), default=16384, help="number of codes")
-    parser.add_argument("--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance")
-    parser.add_argument("--eps", type=common.bounded_float(1e-300, 1e-8), default=1e-32, help="smaller: sharper p")
-    parser.add_argument("--activation", choices=["l2", "tanh", "tanh-unscaled"], default="l2", help="of the head")
-    parser.add_argument("--prior", choices=["reverse-kl", "cross-entropy"], default="reverse-kl", help="of each view")
-    parser.add_argument("--codes", choices=["rademacher", "hadamard"], default="rademacher", help="random, orthogonal")
-    parser.add_argument("--no-batchnorm", action="store_true", help="leave batch norm out of the head")
+    # Our choice.
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)
+    parser.add_argument(
+        "--c", type=common.bounded_int(2, 2**26), default=16384, help="number of codes"
+    )
+    parser.add_argument(
+        "--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance"
+    )
+    parser.add_argument(
+        "--eps",
+        type=common.bounded_float(1e-300, 1e-8),
+        default=1e-32,
+        help="smaller: sharper p",
+    )
+    parser.add_argument(
+        "--activation",
+        choices=["l2", "tanh", "tanh-unscaled"],
+        default="l2",
+        help="what the head ends with; tanh-unscaled: with scores sqrt(batch size) times as large",
+    )
+    parser.add_argument(
+        "--prior",
+        choices=["reverse-kl", "cross-entropy"],
+        default="reverse-kl",
+        help="reverse-kl: Appendix N; cross-entropy: Eq. 2",
+    )
+    parser.add_argument(
+        "--codes",
+        choices=["rademacher", "hadamard"],
+        default="rademacher",
+        help="rademacher: random; hadamard: orthogonal, for c up to f",
+    )
+    parser.add_argument(
+        "--no-batchnorm", action="store_true", help="leave batch norm out of the head"
+    )
 
 
 # --- the method
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of embeddings (n, f), float32, of norm sqrt(f) (l2), and codes (f, c): `loss`, `invariance`, `prior`."""
-    n, c, codes = len(z1), codes.shape[1], codes.to(z1)
-    log_p1, log_p2 = ((z @ codes / tau).log_softmax(1) for z in (z1, z2))  # (n, c)
-    invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
-    prior_loss = {"reverse-kl": log_m.exp() * (log_m + math.log(c)), "cross-entropy": -log_m / c}[prior].sum(1).mean()
-    return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
+    """The loss of two views' embeddings (n, f), float32, of norm sqrt(f), and codes (f, c).
+
+    Returns scalars `loss`, `invariance` and `prior`.
+    """
+    n = len(z1)
+    codes = codes.to(z1)
+    log_p1 = (z1 @ codes / tau).log_softmax(1)  # (n, c)
+    log_p2 = (z2 @ codes / tau).log_softmax(1)
+    cross_entropy12 = -(log_p1.exp() * log_p2).sum(1)  # (n,)
+    cross_entropy21 = -(log_p2.exp() * log_p1).sum(1)
+    invariance = (cross_entropy12 + cross_entropy21).mean() / 2
+
+    log_mean1 = log_p1.logsumexp(0) - math.log(n)  # (c,), log of mean_i p1_i
+    log_mean2 = log_p2.logsumexp(0) - math.log(n)
+    c = codes.shape[1]
+    prior1 = prior_of_codes(log_mean1, c, prior).sum()
+    prior2 = prior_of_codes(log_mean2, c, prior).sum()
+    prior_loss = (prior1 + prior2) / 2
+
+    loss = beta * invariance + prior_loss
+    return {"loss": loss, "invariance": invariance, "prior": prior_loss}
+
+
+def prior_of_codes(log_mean, c, prior):
+    """What each code adds to the prior, from the log of its mean probability."""
+    if prior == "reverse-kl":
+        return log_mean.exp() * (log_mean + math.log(c))  # KL(mean p || u)
+    return -log_mean / c  # CE(u, mean p)
 
 
 def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=32768):
-    """loss_fn for a very large c. Skip it at first reading. Each block of codes is computed again for the gradient."""
-    n, c, z, checkpoint = len(z1), codes.shape[1], torch.stack([z1, z2]), torch.utils.checkpoint.checkpoint
-    blocks, logsumexp = codes.split(block, 1), lambda w: (z @ w.to(z) / tau).logsumexp(2, keepdim=True)
-    log_sum = torch.stack([checkpoint(logsumexp, w, use_reentrant=False) for w in blocks]).logsumexp(0)  # (2, n, 1)
+    """loss_fn for very many codes, with matrices of at most (n, block). Skip it at first reading.
 
-    def terms(w):
+    Checkpointing computes each block of codes a second time for the gradient.
+    """
+    n, c = len(z1), codes.shape[1]
+    z = torch.stack([z1, z2])  # (2, n, f)
+
+    def block_log_sum(w):
+        scores = z @ w.to(z) / tau  # (2, n, block)
+        return scores.logsumexp(2, keepdim=True)
+
+    def block_terms(w):
         log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
-        log_m = log_p.logsumexp(1) - math.log(n)
-        prior_part = {"reverse-kl": log_m.exp() * (log_m + math.log(c)), "cross-entropy": -log_m / c}[prior]
-        return torch.stack([-(log_p.exp() * log_p.flip(0)).sum() / n, prior_part.sum()]) / 2  # mean of the two views
+        cross_entropy = -(log_p.exp() * log_p.flip(0)).sum() / n  # both directions together
+        log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
+        prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
+        return cross_entropy / 2, prior_loss / 2
 
-    invariance, prior_loss = sum(checkpoint(terms, w, use_reentrant=False) for w in blocks)
-    return {"loss": beta * invariance + prior_loss, "invariance": invariance, "prior": prior_loss}
+    def checkpoint(function, w):
+        return torch.utils.checkpoint.checkpoint(function, w, use_reentrant=False)
+
+    log_sums = [checkpoint(block_log_sum, w) for w in codes.split(block, 1)]
+    log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), the softmax's denominator
+    invariance, prior_loss = 0.0, 0.0
+    for w in codes.split(block, 1):
+        block_invariance, block_prior = checkpoint(block_terms, w)
+        invariance = invariance + block_invariance
+        prior_loss = prior_loss + block_prior
+    loss = beta * invariance + prior_loss
+    return {"loss": loss, "invariance": invariance, "prior": prior_loss}
 
 
 def draw_codes(kind, f, c, seed):
-    """Codes W (f, c) of ±1, int8: each entry random, or c different columns of Sylvester's orthogonal matrix (f, f)."""
+    """Codes W (f, c) with entries +1 and -1, int8.
+
+    rademacher: each entry is random. hadamard: c different columns of Sylvester's orthogonal matrix
+    (f, f), for which f must be a power of two and c at most f.
+    """
     rng = torch.Generator().manual_seed(seed)
     if kind == "rademacher":
-        return torch.randint(2, (f, c), generator=rng, dtype=torch.int8).mul_(2).sub_(1)  # in place: it may be large
+        codes = torch.randint(2, (f, c), generator=rng, dtype=torch.int8)
+        return codes.mul_(2).sub_(1)  # in place, because it may be large
+
     if f & (f - 1) or c > f:
-        common.fail(f"--codes hadamard needs a power of two as --projector-dim and --c no larger, not {f} and {c}")
-    bits = (torch.arange(f)[:, None] >> torch.arange(f.bit_length())) & 1  # row i holds the binary digits of i
-    return 1 - 2 * ((bits @ bits[torch.randperm(f, generator=rng)[:c]].T) % 2).to(torch.int8)  # -1: odd count in common
+        common.fail(
+            "--codes hadamard needs a power of two as --projector-dim and --c no larger, "
+            f"not {f} and {c}"
+        )
+    columns = torch.randperm(f, generator=rng)[:c]
+    digits = torch.arange(f.bit_length())
+    bits = (torch.arange(f)[:, None] >> digits) & 1  # row i holds the binary digits of i
+    # The entry is -1 where row and column number have an odd number of ones in common.
+    ones_in_common = bits @ bits[columns].T
+    return (1 - 2 * (ones_in_common % 2)).to(torch.int8)
 
 
 class Model(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.backbone = common.build_backbone(args)
-        d = args.projector_dim  # width of the head
-        self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d), nn.Identity() if args.no_batchnorm else nn.BatchNorm1d(d),
-            nn.RMSNorm(d, 1e-12, elementwise_affine=False) if args.activation == "l2" else nn.Tanh(),  # norm sqrt(d)
-        )  # fmt: skip
-        self.temperature = d / math.log(1 / args.eps - args.c + 1)  # tau; d is f above
-        self.temperature /= math.sqrt(args.batch_size) if args.activation == "tanh-unscaled" else 1  # not so for z
-        self.register_buffer("codes", draw_codes(args.codes, d, args.c, args.seed), persistent=False)
+        f = args.projector_dim
+        self.head = nn.Sequential(nn.Linear(self.backbone.num_features, f))
+        if args.no_batchnorm:
+            self.head.append(nn.Identity())
+        else:
+            self.head.append(nn.BatchNorm1d(f))
+        if args.activation == "l2":
+            self.head.append(nn.RMSNorm(f, 1e-12, elementwise_affine=False))  # norm sqrt(f)
+        else:
+            self.head.append(nn.Tanh())
+
+        self.temperature = f / math.log(1 / args.eps - args.c + 1)  # tau
+        if args.activation == "tanh-unscaled":
+            self.temperature = self.temperature / math.sqrt(args.batch_size)
+        codes = draw_codes(args.codes, f, args.c, args.seed)
+        self.register_buffer("codes", codes, persistent=False)  # the seed gives them again
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return torch.cat([z @ w.to(z) for w in self.codes.split(32768, 1)], 1)  # for the metrics
+        """W^T z (n, c), for the metrics; not divided by tau."""
+        blocks = self.codes.split(32768, 1)
+        return torch.cat([z @ w.to(z) for w in blocks], 1)
 
 
 # --- training
@@ -117,19 +226,31 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1.float(), z2.float())  # float32; all processes' rows
-            loss = loss_fn if len(z1) * args.c <= 2**25 else loss_in_blocks  # matrices (n, c) of more than 134 MB
-            terms = loss(z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior)
+                z1, z2 = model(x1), model(x2)
+
+            # The loss is of all processes' rows, in float32.
+            z1, z2 = common.gather(z1.float(), z2.float())
+            if len(z1) * args.c <= 2**25:
+                loss = loss_fn
+            else:
+                loss = loss_in_blocks  # because matrices (n, c) would take more than 134 MB each
+            terms = loss(
+                z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior
+            )
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

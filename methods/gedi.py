@@ -1,17 +1,27 @@
-"""GEDI: give both views of an image the same class out of c learned ones, and use all classes equally often.
+"""GEDI: give both views of an image the same learned class, and use all classes equally often.
 
     loss = prior_weight prior + beta invariance + generative_weight generative,  p = softmax(s)
-    prior = ½ [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)],  invariance = mean_i ½ [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
-    generative = mean_i F(x̃_i) - mean_i F(x1_i),  F(x) = log Σ_j exp s_j(x), a log density up to a constant
+    prior      = 1/2 [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)]
+    invariance = mean_i 1/2 [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
+    generative = mean_i F(y_i) - mean_i F(x1_i),  F(x) = log sum_j exp s_j(x)
 
-z are embeddings of n images, s (n, c) scores, linear in z, u is uniform, CE(p, q) = -Σ_j p_j log q_j. `generative` (by
-default off: "GEDI no gen") raises F at images and lowers it at x̃, samples of the density, drawn by Langevin dynamics.
+s (n, c) are the scores of n images for c classes, linear in their embeddings z. p1_i and p2_i
+belong to the views of image i. u is the uniform distribution, and CE(p, q) = -sum_j p_j log q_j. F
+is a log density up to a constant. `generative` raises it at the images x1 and lowers it at y, which
+are samples of the density, drawn by Langevin dynamics. By default it is off, which the paper calls
+"GEDI no gen".
 
-What prevents collapse: the prior, log c if classes are used equally, else more (off: `--prior-weight 0`). Invariance is
-log c if p are uniform. CPLearn: the same with fixed random classes, z of fixed norm; then each z ends along one class.
+What prevents collapse: the prior. It is log c if classes are used equally often, and more
+otherwise. `--prior-weight 0` removes it, and a few classes are left. CPLearn has the same terms
+with fixed random classes and embeddings of a fixed length.
 
-"Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone and Manhaeve, 2023.
-Departs from the paper: batch norm in backbone and head, Adam, temperature 0.36. Run: python methods/gedi.py
+In the log: `invariance` is log c where each p is uniform, as at the start, and lower in a good run.
+`prior` stays near log c, and used_codes stays high.
+
+"Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone
+and Manhaeve, 2023.
+Departs from the paper: batch norm in backbone and head, Adam, and a temperature of 0.36.
+Run: python methods/gedi.py
 """
 
 import math
@@ -24,30 +34,61 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"]. This method's default is
+# `--augment weak`, which has no such changes: they count only with `--augment strong`.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-DEFAULTS = {"shapes": {"c": 64}} | {name: {"c": 16} for name in common.TOYS}
+# This method's own defaults for a data set, by its name.
+DEFAULTS = {"shapes": {"c": 64}, "blobs": {"c": 16}, "moons": {"c": 16}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")  # weak: as published; no VIEWS
+    # Weak augmentation as published, the rest is our choice.
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6, augment="weak")
     parser.add_argument("--c", type=common.bounded_int(2), default=2048, help="number of classes")
-    parser.add_argument("--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance")
-    parser.add_argument("--prior-weight", type=common.bounded_float(0), default=1.0, help="weight of prior; 0: collapse")
-    parser.add_argument("--generative-weight", type=common.bounded_float(0), default=0.0, help="0: no gen; images: 0.001")
+    parser.add_argument(
+        "--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance"
+    )
+    parser.add_argument(
+        "--prior-weight",
+        type=common.bounded_float(0),
+        default=1.0,
+        help="weight of the prior; 0: a few classes for all images",
+    )
+    parser.add_argument(
+        "--generative-weight",
+        type=common.bounded_float(0),
+        default=0.0,
+        help="weight of the generative term; for images 0.001; steps then take many times as long",
+    )
 
 
 # --- the method
 
 
-def loss_fn(s1, s2, log_real=None, log_fake=None, *, weights=(1.0, 0.05, 0.0)):
-    """The loss and its terms. s: scores (n, c). log_real, log_fake: F (n,) of images, samples. All float32."""
-    n, log_p1, log_p2 = len(s1), s1.log_softmax(1), s2.log_softmax(1)
-    invariance = -((log_p1.exp() * log_p2).sum(1) + (log_p2.exp() * log_p1).sum(1)).mean() / 2
-    log_m = torch.stack([log_p1, log_p2]).logsumexp(1) - math.log(n)  # (2, c): log of mean p1, of mean p2
-    prior = -log_m.mean()  # over classes, u = 1 / c, and views
-    generative = (log_fake - log_real).mean() if weights[2] else torch.zeros_like(prior)
-    loss = weights[0] * prior + weights[1] * invariance + weights[2] * generative
+def loss_fn(
+    s1, s2, log_real=None, log_fake=None, *, prior_weight=1.0, beta=0.05, generative_weight=0.0
+):  # fmt: skip
+    """The loss of two views' scores (n, c), float32.
+
+    log_real, log_fake: F (n,) of the images and of as many samples, if generative_weight is not 0.
+    Returns scalars `loss`, `invariance`, `prior` and `generative`.
+    """
+    n = len(s1)
+    log_p1, log_p2 = s1.log_softmax(1), s2.log_softmax(1)
+    cross_entropy12 = -(log_p1.exp() * log_p2).sum(1)  # (n,)
+    cross_entropy21 = -(log_p2.exp() * log_p1).sum(1)
+    invariance = (cross_entropy12 + cross_entropy21).mean() / 2
+
+    log_mean1 = log_p1.logsumexp(0) - math.log(n)  # (c,), log of mean_i p1_i
+    log_mean2 = log_p2.logsumexp(0) - math.log(n)
+    prior = -(log_mean1 + log_mean2).mean() / 2  # the mean over classes, because u = 1 / c
+
+    loss = prior_weight * prior + beta * invariance
+    if generative_weight:
+        generative = (log_fake - log_real).mean()
+        loss = loss + generative_weight * generative
+    else:
+        generative = torch.zeros_like(prior)
     return {"loss": loss, "invariance": invariance, "prior": prior, "generative": generative}
 
 
@@ -57,34 +98,67 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, 128, bias=False), nn.BatchNorm1d(128),
-        )  # fmt: skip
+            nn.Linear(self.backbone.num_features, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, 128, bias=False),
+            nn.BatchNorm1d(128),
+        )
         self.classes = nn.Linear(128, args.c)
-        shape = (2,) if args.dataset in common.TOYS else (3, args.image_size, args.image_size)
-        self.register_buffer("samples", torch.randn(10000 if args.generative_weight else 0, *shape))
+
+        # Samples of the density begin as noise.
+        if args.dataset in common.TOYS:
+            shape = (2,)
+        else:
+            shape = (3, args.image_size, args.image_size)
+        count = 0
+        if args.generative_weight:
+            count = 10_000
+        self.register_buffer("samples", torch.randn(count, *shape))
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.classes(z.float()).float() / 0.36  # so that s start with standard deviation 1.6
+        # The temperature 0.36 gives s a standard deviation of 1.6 at the start.
+        return self.classes(z.float()).float() / 0.36
 
-    def log_densities(self, x1, step):
-        """F of images and of as many samples: 20 Langevin steps on from stored samples, one in 20 of them new noise."""
-        n, log_p = len(x1) * common.world_size(), lambda x: self.eval().scores(self(x)).logsumexp(1)  # fixed statistics
-        torch.manual_seed(step)  # all processes, and a resumed run, draw the same
-        chosen = torch.randperm(len(self.samples), device=x1.device)[:n]
-        self.samples[chosen[: n // 20]] = torch.randn_like(self.samples[: n // 20])
-        x = self.samples[chosen].chunk(common.world_size())[common.rank()]
+    def log_density(self, x):
+        """F (n,) of images x."""
+        return self.scores(self(x)).logsumexp(1)
+
+    def log_densities(self, x1, seed):
+        """F of this process's images x1 (n, ...) and of as many samples of the density, each (n,).
+
+        The samples are some of those that are stored. One in 20 of them begins anew as noise. Then
+        all take 20 steps of Langevin dynamics, x <- x + 0.005 grad F(x) + 0.1 noise, where 0.005 is
+        half the noise's variance. They are stored again for later batches. Processes and resumed
+        runs that give the same `seed` draw the same.
+        """
+        self.eval()  # so that F of an image does not depend on the rest of the batch
+        rng = torch.Generator(x1.device).manual_seed(seed)
+
+        def noise(n):
+            return torch.randn(n, *x1.shape[1:], generator=rng, device=x1.device)
+
+        def own_share(rows):
+            return rows.chunk(common.world_size())[common.rank()]
+
+        n = len(x1) * common.world_size()
+        chosen = torch.randperm(len(self.samples), generator=rng, device=x1.device)[:n]
+        renewed = chosen[: n // 20]
+        self.samples[renewed] = noise(len(renewed))
+        x = own_share(self.samples[chosen])
         for _ in range(20):
-            (gradient,) = torch.autograd.grad(log_p(x.requires_grad_()).sum(), x)
-            noise = torch.randn_like(self.samples[:n]).chunk(common.world_size())[common.rank()]
-            x = (x + 0.005 * gradient + 0.1 * noise).detach()  # 0.005: half the noise's variance
-        (self.samples[chosen],) = common.gather(x)  # of all processes
-        densities = log_p(x1), log_p(x)
+            x.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.log_density(x).sum(), x)
+            x = (x + 0.005 * gradient + 0.1 * own_share(noise(n))).detach()
+        (moved,) = common.gather(x)
+        self.samples[chosen] = moved
+
+        log_real, log_fake = self.log_density(x1), self.log_density(x)
         self.train()
-        return densities
+        return log_real, log_fake
 
 
 # --- training
@@ -100,19 +174,36 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-                densities = model.log_densities(x1, run.step) if args.generative_weight else []
-            s1, s2, *densities = common.gather(model.scores(z1), model.scores(z2), *densities)  # of all processes
-            terms = loss_fn(s1, s2, *densities, weights=(args.prior_weight, args.beta, args.generative_weight))
+                z1, z2 = model(x1), model(x2)
+                densities = []
+                if args.generative_weight:
+                    rng = common.generator(args.seed, epoch, run.step, 1)
+                    densities = model.log_densities(x1, seed=rng.initial_seed())
+
+            # The loss is of all processes' rows, in float32.
+            s1, s2, *densities = common.gather(model.scores(z1), model.scores(z2), *densities)
+            terms = loss_fn(
+                s1,
+                s2,
+                *densities,
+                prior_weight=args.prior_weight,
+                beta=args.beta,
+                generative_weight=args.generative_weight,
+            )
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

@@ -1,14 +1,21 @@
 """SimSiam: predict one view's projection from the other view; the target gets no gradient.
 
-    loss = -½ [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ],  mean over the images                           (Eqs. 1 and 4)
+    loss = -1/2 mean over images of [ cos(p1, stop(z2)) + cos(p2, stop(z1)) ]         (Eqs. 1 and 4)
 
-z1, z2: the projections of an image's two views. p1, p2: predictor(z1), predictor(z2). stop(z): z as a constant.
+z1 and z2 are the projections of an image's two views. p1 and p2 are predictor(z1) and
+predictor(z2). stop(z) is z as a constant, without gradient.
 
-What prevents collapse: predictor and stop-gradient together. If one is removed, all z fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them. Collapse, too, has a loss near -1.
+What prevents collapse: the predictor together with the stop-gradient. One point for all images has
+the lowest loss, -1, too. If one of the two is removed, embeddings fall into few dimensions or one
+point. `--no-predictor` and `--no-stop-gradient` remove them.
+
+In the log: a loss near -1 says nothing, because collapse has it, too. A good run has a small
+center_norm and keeps many dimensions (effective_rank).
 
 "Exploring Simple Siamese Representation Learning", Chen and He, CVPR 2021.
-Departs from the paper: warm-up, batches of 128, the predictor's learning rate decays. Run: python methods/simsiam.py
+Departs from the paper: a warm-up, batches of 128, and the predictor's learning rate falls like that
+of the rest.
+Run: python methods/simsiam.py
 """
 
 import sys
@@ -20,25 +27,37 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
+# This method's own defaults for a data set, by its name.
 DEFAULTS = {"shapes": {"batch_size": 64}}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)  # lightly's CIFAR-10 benchmark
-    parser.add_argument("--no-predictor", action="store_true", help="p = z: compare z1 with z2; collapses")
-    parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient into the target; collapses")
+    # lightly's CIFAR-10 benchmark.
+    parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)
+    parser.add_argument(
+        "--no-predictor",
+        action="store_true",
+        help="p = z: compare the projections themselves; collapses",
+    )
+    parser.add_argument(
+        "--no-stop-gradient",
+        action="store_true",
+        help="let the gradient into the target, too; collapses",
+    )
 
 
 # --- the method
 
 
 def loss_fn(p1, p2, z1, z2, *, stop_gradient=True):
-    """Eq. 4 of two views' predictions p and projections z (n, d), as scalars `loss`, `loss12` and `loss21`."""
-    t1, t2 = (z1.detach(), z2.detach()) if stop_gradient else (z1, z2)
-    loss12 = -nn.functional.cosine_similarity(p1, t2).mean()
-    loss21 = -nn.functional.cosine_similarity(p2, t1).mean()
+    """Eq. 4 of predictions p and projections z (n, d), float32: `loss`, `loss12` and `loss21`."""
+    if stop_gradient:
+        z1 = z1.detach()
+        z2 = z2.detach()
+    loss12 = -nn.functional.cosine_similarity(p1, z2).mean()
+    loss21 = -nn.functional.cosine_similarity(p2, z1).mean()
     return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
 
 
@@ -48,12 +67,21 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d, affine=False),  # no scale, no shift
-        )  # fmt: skip
-        self.predictor = nn.Sequential(nn.Linear(d, d // 4), nn.BatchNorm1d(d // 4), nn.ReLU(), nn.Linear(d // 4, d))
+            nn.Linear(self.backbone.num_features, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+            nn.BatchNorm1d(d, affine=False),  # no scale, no shift
+        )
         if args.no_predictor:
             self.predictor = nn.Identity()
+        else:
+            self.predictor = nn.Sequential(
+                nn.Linear(d, d // 4),
+                nn.BatchNorm1d(d // 4),
+                nn.ReLU(),
+                nn.Linear(d // 4, d),
+            )
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -72,19 +100,27 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
+                z1, z2 = model(x1), model(x2)
                 p1, p2 = model.predictor(z1), model.predictor(z2)
-            p1, p2, z1, z2 = common.gather(p1.float(), p2.float(), z1.float(), z2.float())  # float32; all processes' rows
+
+            # The loss is of all processes' rows, in float32.
+            p1, p2 = common.gather(p1.float(), p2.float())
+            z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

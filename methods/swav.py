@@ -1,14 +1,25 @@
-"""SwAV: predict one view's distribution over prototypes from the other view; prototypes share the images equally.
+"""SwAV: predict the other view's distribution over prototypes; prototypes share images equally.
 
-    loss = -½ mean_i [ Σ_k q1_ik log p2_ik + Σ_k q2_ik log p1_ik ],  p = softmax(s / 0.1)                    (Eqs. 1, 2)
-    q = Sinkhorn(s): begin with exp(s / epsilon); three times: divide columns by their sums, then rows by theirs (Eq. 5)
+    loss = -1/2 mean_i [ sum_k q1_ik log p2_ik + sum_k q2_ik log p1_ik ]              (Eqs. 1 and 2)
+    p = softmax(s / 0.1)
+    q = Sinkhorn(s): begin with exp(s / epsilon); three times, divide each column by its sum, then
+        each row by its sum                                                                 (Eq. 5)
 
-s (n, k): cosines of the embeddings z of one view (rows) with k learned prototypes (columns). q gets no gradient.
+s (n, k) are the cosines of n embeddings of one view (rows) with k learned prototypes (columns). q
+gets no gradient.
 
-What prevents collapse: Sinkhorn (off: `--no-sinkhorn`). Equal z get q = 1 / k, so loss >= log k; good runs go lower.
+What prevents collapse: Sinkhorn's division of the columns gives all prototypes the same share of
+the images. `--no-sinkhorn` leaves it out, and one or two prototypes win for all images.
 
-"Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al., NeurIPS 2020.
-Departs from the paper: no small crops, less jitter, Adam, 512 prototypes, optional queue. Run: python methods/swav.py
+In the log: if all z are equal, q is 1 / k, so the loss is at least log k, which is 6.24 for 512
+prototypes. A good run goes well below. A loss that stays at log k means that q stays uniform; then
+a smaller `--epsilon` helps.
+
+"Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al.,
+NeurIPS 2020.
+Departs from the paper: no small crops, less color jitter, Adam, 512 prototypes, and no queue by
+default.
+Run: python methods/swav.py
 """
 
 import sys
@@ -20,33 +31,78 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-DEFAULTS = {name: {"prototypes": 32} for name in common.TOYS} | {"shapes": {"prototypes": 64, "epsilon": 0.02}}
+# This method's own defaults for a data set, by its name.
+DEFAULTS = {
+    "shapes": {"prototypes": 64, "epsilon": 0.02},
+    "blobs": {"prototypes": 32},
+    "moons": {"prototypes": 32},
+}
+QUEUE_STARTS = 15  # epoch, counted from 0, from which on the queue is used, as published
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)  # lightly's CIFAR-10 benchmark
-    parser.add_argument("--prototypes", type=common.bounded_int(2), default=512, help="number of clusters")
-    parser.add_argument("--epsilon", type=common.bounded_float(0.001), default=0.05, help="0.02 if q stays uniform")
-    parser.add_argument("--queue", type=common.bounded_int(0), default=0, help="past embeddings, for q from epoch 15 on")
-    parser.add_argument("--no-sinkhorn", action="store_true", help="q = softmax(s / epsilon); collapses")
-    parser.add_argument("--freeze-prototypes", action="store_true", help="leave the prototypes as they were drawn")
+    # lightly's CIFAR-10 benchmark.
+    parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)
+    parser.add_argument(
+        "--prototypes", type=common.bounded_int(2), default=512, help="number of prototypes k"
+    )
+    parser.add_argument(
+        "--epsilon",
+        type=common.bounded_float(0.001),
+        default=0.05,
+        help="sharpness of q; 0.02 if q stays uniform",
+    )
+    parser.add_argument(
+        "--queue",
+        type=common.bounded_int(0),
+        default=0,
+        help="earlier embeddings that take part in Sinkhorn, from epoch 15 on, for batches with "
+        "fewer images than prototypes",
+    )
+    parser.add_argument(
+        "--no-sinkhorn",
+        action="store_true",
+        help="q = softmax(s / epsilon); collapses",
+    )
+    parser.add_argument(
+        "--freeze-prototypes",
+        action="store_true",
+        help="leave the prototypes as they were drawn",
+    )
 
 
 # --- the method
 
 
-def loss_fn(s1, s2, earlier1, earlier2, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1, 2 of cosines (n, k): `loss`, `loss12` (q1, p2), `loss21`. `earlier` (m, k): from a queue, for q only."""
-    losses = []
-    for s, earlier, other in ((s1, earlier1, s2), (s2, earlier2, s1)):
-        log_q = torch.cat([s, earlier]).detach() / epsilon
-        for _ in range(iterations):  # Sinkhorn: divide exp(log_q)'s columns by their sums, then its rows
-            log_q = log_q.log_softmax(0).log_softmax(1)
-        q = log_q.softmax(1)[: len(s)]  # exp(log_q), or, if iterations=0, softmax(s / epsilon)
-        losses.append(-(q * (other / temperature).log_softmax(1)).sum(1).mean())
-    return {"loss": sum(losses) / 2, "loss12": losses[0], "loss21": losses[1]}
+def loss_fn(
+    s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, temperature=0.1
+):  # fmt: skip
+    """Eqs. 1 and 2 of two views' cosines (n, k), float32: `loss`, `loss12` (q1, p2) and `loss21`.
+
+    queue1, queue2: cosines (m, k) of earlier embeddings. They take part in Sinkhorn only.
+    With iterations=0 q is softmax(s / epsilon).
+    """
+    q1 = assignments(s1, queue1, iterations, epsilon)
+    q2 = assignments(s2, queue2, iterations, epsilon)
+    log_p1 = (s1 / temperature).log_softmax(1)
+    log_p2 = (s2 / temperature).log_softmax(1)
+    loss12 = -(q1 * log_p2).sum(1).mean()
+    loss21 = -(q2 * log_p1).sum(1).mean()
+    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+
+
+def assignments(s, queue, iterations, epsilon):
+    """Sinkhorn's q (n, k) of the cosines s (n, k), Eq. 5, without gradient."""
+    n = len(s)
+    if queue is not None:
+        s = torch.cat([s, queue])
+    log_q = s.detach() / epsilon
+    for _ in range(iterations):
+        log_q = log_q.log_softmax(0)  # divides each column of q by its sum
+        log_q = log_q.log_softmax(1)  # divides each row of q by its sum
+    return log_q.softmax(1)[:n]
 
 
 class Model(nn.Module):
@@ -55,13 +111,15 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(self.backbone.num_features, d),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
             nn.Linear(d, 128),
-        )  # fmt: skip
-        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
-        self.prototypes = nn.Linear(128, args.prototypes, bias=False)
+        )
+        self.prototypes = nn.Linear(128, args.prototypes, bias=False)  # its weight is (k, 128)
         self.normalise_prototypes()
-        self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # for each view, the newest first
+        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
+        self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, newest first
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -69,8 +127,16 @@ class Model(nn.Module):
     def scores(self, z):
         return self.prototypes(nn.functional.normalize(z.float(), dim=-1))
 
+    @torch.no_grad()
     def normalise_prototypes(self):
-        nn.functional.normalize(self.prototypes.weight.data, dim=1, out=self.prototypes.weight.data)
+        weight = self.prototypes.weight
+        weight.copy_(nn.functional.normalize(weight, dim=1))
+
+    def update_queue(self, z1, z2):
+        """Puts the embeddings (n, 128) of a batch's two views before the earlier ones."""
+        new = torch.stack([z1.detach(), z2.detach()])
+        both = torch.cat([new, self.queue], dim=1)
+        self.queue = both[:, : self.queue.shape[1]]
 
 
 # --- training
@@ -86,23 +152,38 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)  # fixed in epoch 0, as published
-            s1, s2 = common.gather(model.scores(z1), model.scores(z2))  # float32; all processes' rows
-            m = min(args.queue, run.step * args.batch_size) if epoch >= 15 else 0  # rows filled
-            earlier1, earlier2 = model.scores(model.queue[:, :m])  # one (m, k) for each view
-            terms = loss_fn(s1, s2, earlier1, earlier2, iterations=0 if args.no_sinkhorn else 3, epsilon=args.epsilon)
+                z1, z2 = model(x1), model(x2)
+            # In the first epoch prototypes are fixed, as published.
+            model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)
+
+            # The loss is of all processes' rows, in float32.
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))
+            queue1, queue2 = None, None
+            if args.queue and epoch >= QUEUE_STARTS:
+                filled = min(args.queue, run.step * args.batch_size)
+                queue1, queue2 = model.scores(model.queue[:, :filled])
+            iterations = 3
+            if args.no_sinkhorn:
+                iterations = 0
+            terms = loss_fn(s1, s2, queue1, queue2, iterations=iterations, epsilon=args.epsilon)
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
             model.normalise_prototypes()
-            model.queue = torch.cat([torch.stack(common.gather(z1.float(), z2.float())).detach(), model.queue], 1)[:, : args.queue]
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            if args.queue:
+                z1, z2 = common.gather(z1.float(), z2.float())
+                model.update_queue(z1, z2)
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 

@@ -1,16 +1,22 @@
 """Triplet: an image's other view must be closer than any other image, by a margin.
 
-    loss = mean_{a,n} ½ max(0, ||z_a - z_p||² - ||z_a - z_n||² + margin)                                        (Eq. 5)
-         = mean_{a,n} max(0, ⟨z_a, z_n⟩ - ⟨z_a, z_p⟩ + margin / 2)
+    loss = mean_{a,n} 1/2 max(0, ||z_a - z_p||^2 - ||z_a - z_n||^2 + margin)                (Eq. 5)
+         = mean_{a,n} max(0, <z_a, z_n> - <z_a, z_p> + margin / 2)
 
-z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each is the anchor z_a in
-turn. z_p is the other view of its image, z_n each view of each other image. From margin 4 on nothing is cut (Eq. 6).
+z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each
+of them is the anchor z_a in turn. z_p is the other view of the anchor's image. z_n is each view of
+each other image. From margin 4 on the maximum is never 0 (Eq. 6).
 
-What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--negatives none` removes them. `hardest`
-leaves each anchor its closest negative, as in SimCLR at a temperature near 0 (Eq. 13).
+What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--negatives none`
+removes them. With `--negatives hardest` each anchor has its closest negative only. This is what
+SimCLR becomes as its temperature goes to 0 (Eq. 13).
+
+In the log: `positive` and `negative` are mean cosines. In a good run `positive` rises to near 1 and
+`negative` stays near 0. In collapse both are 1.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
-Departs from the paper: it names no settings for images, so these are ours. Run: python methods/triplet.py
+Departs from the paper: it names no settings for images, so these are ours.
+Run: python methods/triplet.py
 """
 
 import sys
@@ -22,34 +28,58 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# VIEWS: for each view, changes to common.AUGMENT["strong"]. DEFAULTS: a data set's own defaults.
+# What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
+# This method's own defaults for a data set, by its name.
 DEFAULTS = {}
 
 
 def add_flags(parser):
-    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)  # our choice
-    parser.add_argument("--margin", type=common.bounded_float(0), default=1.0, help="squared distance, which is at most 4")
-    parser.add_argument("--negatives", choices=["all", "hardest", "none"], default="all", help="which each anchor has")
+    # Our choice: the paper names no settings for images.
+    parser.set_defaults(optimizer="adam", lr=1e-3, weight_decay=1e-6)
+    parser.add_argument(
+        "--margin",
+        type=common.bounded_float(0),
+        default=1.0,
+        help="by how much the squared distance to a negative must be larger; distances are at "
+        "most 4",
+    )
+    parser.add_argument(
+        "--negatives",
+        choices=["all", "hardest", "none"],
+        default="all",
+        help="which negatives each anchor has; none: collapse",
+    )
 
 
 # --- the method
 
 
 def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
-    """Eq. 5 of two views' embeddings (n, d), float32: `loss`, mean cosines `positive`, `negative`."""
-    n, z = len(z1), nn.functional.normalize(torch.cat([z1, z2]), dim=1)
-    similarity = z @ z.T  # (2n, 2n), a row for each anchor; rows i and i + n are two views of image i
-    positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])[:, None]  # (2n, 1)
-    rows = torch.arange(2 * n, device=z.device)
-    others = (rows[:, None] + torch.cat([rows[1:n], rows[n + 1 :]])) % (2 * n)  # (2n, 2n - 2): all rows but i and i ± n
-    negative = similarity.gather(1, others)
-    if negatives == "hardest":
-        negative = negative.amax(1, keepdim=True)
-    if negatives == "none":
-        negative = torch.ones_like(positive)  # a constant: only attraction is left
-    loss = (negative - positive + margin / 2).relu().mean()
-    return {"loss": loss, "positive": positive.mean(), "negative": negative.mean()}
+    """Eq. 5 of two views' embeddings (n, d), float32.
+
+    Returns scalars: `loss` and the mean cosines `positive` and `negative`.
+    """
+    n = len(z1)
+    z = nn.functional.normalize(torch.cat([z1, z2]), dim=1)
+    similarity = z @ z.T  # (2n, 2n), a row for each anchor; rows i and i + n are views of image i
+    positive = torch.cat([similarity.diagonal(n), similarity.diagonal(-n)])  # (2n,)
+
+    image = torch.arange(n, device=z.device).repeat(2)  # which image a row or column shows
+    other_image = image[:, None] != image  # (2n, 2n)
+    if negatives == "all":
+        hinge = (similarity - positive[:, None] + margin / 2).relu()
+        count = 2 * n * (2 * n - 2)
+        loss = (hinge * other_image).sum() / count
+        negative = (similarity * other_image).sum() / count
+    else:
+        if negatives == "hardest":
+            closest = similarity.masked_fill(~other_image, -torch.inf).amax(1)
+        else:
+            closest = torch.ones_like(positive)  # a constant: only attraction is left
+        loss = (closest - positive + margin / 2).relu().mean()
+        negative = closest.mean()
+    return {"loss": loss, "positive": positive.mean(), "negative": negative}
 
 
 class Model(nn.Module):
@@ -58,10 +88,14 @@ class Model(nn.Module):
         self.backbone = common.build_backbone(args)
         d = args.projector_dim  # width of the head
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
-            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
+            nn.Linear(self.backbone.num_features, d, bias=False),
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
             nn.Linear(d, d, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm1d(d),
+            nn.ReLU(),
+            nn.Linear(d, d, bias=False),
+        )
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -80,18 +114,25 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
+            # The learning rate rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
-                group["lr"] = run.lr()  # a linear warm-up, then a half cosine down to 0
+                group["lr"] = run.lr()
+
+            # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                z1, z2 = model(x1), model(x2)  # one after the other: batch norm sees one view at a time
-            z1, z2 = common.gather(z1.float(), z2.float())  # float32; all processes' rows
+                z1, z2 = model(x1), model(x2)
+
+            # The loss is of all processes' rows, in float32.
+            z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, margin=args.margin, negatives=args.negatives)
+
             optimizer.zero_grad()
             terms["loss"].backward()
             common.sum_gradients(model)  # each process has the gradient of its own rows only
             optimizer.step()
-            run.end_step(terms)
-        run.end_epoch(epoch, common.collapse_metrics(model, data))  # embeddings' center_norm near 1, low rank: collapse
+            run.end_step(terms)  # counts the step, on which run.lr() depends
+        # Collapse shows as a center_norm near 1 or as a low effective_rank of the embeddings.
+        run.end_epoch(epoch, common.collapse_metrics(model, data))
     run.finish()
 
 
