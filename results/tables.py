@@ -1,0 +1,342 @@
+"""The tables of README.md and results/README.md, as lines of Markdown, from the stored runs."""
+
+from statistics import mean, stdev
+
+from store import label, select
+
+# README.md's table: a method, its idea, what prevents collapse, and the flags that take this away.
+METHODS = [
+    (
+        "triplet",
+        "two views of an image are closer than views of other images, by a margin",
+        "other images are pushed away",
+        ["--negatives none"],
+    ),
+    (
+        "simclr",
+        "find an image's other view among all images of the batch",
+        "all images push each other apart",
+        ["--no-negatives"],
+    ),
+    (
+        "simsiam",
+        "predict one view's embedding from the other's",
+        "the predictor, and no gradient through the target",
+        ["--no-predictor", "--no-stop-gradient"],
+    ),
+    (
+        "byol",
+        "predict what a slow copy of the network, the teacher, says of the other view",
+        "the predictor, and the slow teacher",
+        ["--momentum 0 --no-predictor"],
+    ),
+    (
+        "dino",
+        "assign an image to prototypes as a slow teacher does",
+        "the teacher's scores are centered (else one prototype wins) and sharpened (else all are"
+        " alike)",
+        ["--no-centering", "--teacher-temperature 1"],
+    ),
+    (
+        "swav",
+        "predict the prototype of the other view",
+        "assignments that give every prototype an equal share of the batch",
+        ["--no-sinkhorn"],
+    ),
+    (
+        "barlow_twins",
+        "the cross-correlation of two views is the identity matrix",
+        "each dimension is standardised over the batch, so one point is impossible; the redundancy"
+        " term decorrelates the dimensions",
+        ["--lambda-offdiag 0"],
+    ),
+    (
+        "vicreg",
+        "views agree, dimensions vary and are decorrelated",
+        "the variance term (against one point), the covariance term (against few dimensions)",
+        ["--variance-weight 0", "--covariance-weight 0"],
+    ),
+    (
+        "wmse",
+        "whiten the batch, then make views agree",
+        "whitened embeddings have the identity as covariance",
+        ["--whitening batchnorm", "--whitening none"],
+    ),
+    (
+        "mcr2",
+        "views of an image are close, and the batch fills a large volume",
+        "the volume term (coding rate) of the whole batch",
+        ["--expansion-weight 0"],
+    ),
+    (
+        "center_vector",
+        "views agree, and the mean of the embeddings is short",
+        "the penalty on the mean",
+        ["--center-weight 0"],
+    ),
+    (
+        "self_classifier",
+        "predict the other view's class; the classes are learned",
+        "a softmax over the images, too, so that every class gets images",
+        ["--no-column-softmax"],
+    ),
+    (
+        "gedi",
+        "views agree on a class; the classes are learned and used equally",
+        "a prior: on average all classes are used equally",
+        ["--prior-weight 0"],
+    ),
+    (
+        "cplearn",
+        "views agree on one of many random, fixed codes",
+        "a prior: on average all codes are used equally (a large `--beta` outweighs it)",
+        ["--beta 10"],
+    ),
+]
+
+# Linear accuracy of a whole ResNet-18 after 1000 epochs on CIFAR-10, and its source.
+SOLO_LEARN = "[solo-learn](https://github.com/vturrisi/solo-learn#results)"
+CPLEARN_PAPER = "CPLearn paper, Table 8"
+PUBLISHED = {
+    "barlow_twins": ("0.921", SOLO_LEARN),
+    "byol": ("0.926", SOLO_LEARN),
+    "dino": ("0.895", SOLO_LEARN),
+    "simclr": ("0.907", SOLO_LEARN),
+    "simsiam": ("0.905", SOLO_LEARN),
+    "swav": ("0.892", SOLO_LEARN),
+    "vicreg": ("0.921", SOLO_LEARN),
+    "wmse": ("0.887", SOLO_LEARN),
+    "cplearn": ("0.913", CPLEARN_PAPER),
+    "gedi": ("0.800", CPLEARN_PAPER),
+    "self_classifier": ("0.848", CPLEARN_PAPER),
+}
+
+# Flags that all rows of a table have.
+ALL_IMAGES = ("dataset", "data-dir", "width", "epochs", "precision")
+BUDGET = ("dataset", "data-dir", "image-size", "width", "epochs", "projector-dim")
+
+
+# --- cells
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values, digits=3):
+    """The mean of the seeds and their standard deviation."""
+    shown = f"{mean(values):.{digits}f}"
+    if len(values) > 1:
+        shown += f" ± {stdev(values):.{digits}f}"
+    return shown
+
+
+def trained(runs, figure):
+    return [run["trained"][figure] for run in runs]
+
+
+def gains(runs, figure="knn"):
+    return [run["trained"][figure] - run["untrained"][figure] for run in runs]
+
+
+def minutes(runs):
+    """The mean of the minutes that are known."""
+    known = [run["minutes"] for run in runs if run["minutes"] is not None]
+    if not known:
+        return ""
+    if mean(known) < 10:
+        return f"{mean(known):.1f}"
+    return f"{mean(known):.0f}"
+
+
+def found(run):
+    """The modes that the diagnosis finds in a run."""
+    return [mode for mode, verdict in run["verdicts"].items() if verdict == "collapsed"]
+
+
+def verdict(run):
+    """The diagnosis of a run in words."""
+    words = [f"{mode} collapse" for mode in found(run)]
+    if run["verdicts"]["assignment"] == "still uniform":
+        words.append("assignments stay uniform")
+    return " and ".join(words) or "no collapse by the diagnosis"
+
+
+def verdicts(runs):
+    """The modes that the diagnosis finds in the runs that have one, with how many have it."""
+    diagnosed = [run for run in runs if run["verdicts"]]
+    modes = [mode for run in diagnosed for mode in found(run)]
+    words = [f"{mode} ({modes.count(mode)} of {len(diagnosed)})" for mode in dict.fromkeys(modes)]
+    return ", ".join(words) or "none"
+
+
+def best_first(runs):
+    """The methods of the runs, by their mean kNN accuracy."""
+
+    def knn(method):
+        return mean(trained([run for run in runs if run["method"] == method], "knn"))
+
+    return sorted({run["method"] for run in runs}, key=knn, reverse=True)
+
+
+# --- README.md
+
+
+def methods(runs):
+    """Each method with its mechanism, and what happens without it on the drawn shapes."""
+    yield row("method", "idea", "what prevents collapse", "flag that takes it away", "what happens")
+    yield "|---|---|---|---|---|"
+    for method, idea, prevents, flags in METHODS:
+        name = f"[`{method}`](methods/{method}.py)"
+        typed = "<br>".join(f"`{flag}`" for flag in flags)
+        happens = "<br>".join(what_happens(runs, method, flag) for flag in flags)
+        yield row(name, idea, prevents, typed, happens)
+
+
+def pair(runs, method, flag):
+    """The runs of a method on the drawn shapes with its mechanism and without it, of seed 0."""
+    (with_,) = [run for run in select(runs, "shapes", method) if run["seed"] == 0]
+    wanted = f"{method} --dataset shapes {flag}"
+    (without,) = [run for run in select(runs, "ablations", method) if label(run) == wanted]
+    return with_, without
+
+
+def what_happens(runs, method, flag):
+    """The diagnosis without the mechanism, and figures with -> without it."""
+    with_, without = pair(runs, method, flag)
+    before, after = with_["trained"], without["trained"]
+    figures = []
+    modes = found(without)
+    if "representation" in modes:
+        figures.append(f"center norm {before['center_norm']:.2f} → {after['center_norm']:.2f}")
+    if "dimensional" in modes:
+        ranks = f"{before['rank']:.0f} → {after['rank']:.0f}"
+        figures.append(f"rank {ranks} of {after['dimensions']}")
+    if "cluster" in modes:
+        used = f"{before['used']} → {after['used']}"
+        figures.append(f"{used} of {after['clusters']} in use")
+    figures.append(f"kNN {before['knn']:.2f} → {after['knn']:.2f}")
+    return f"{verdict(without)}: {', '.join(figures)}"
+
+
+# --- results/README.md
+
+
+def shapes(runs):
+    """Every method on the drawn shapes."""
+    yield row(
+        "method", "seeds", "linear", "kNN", "kNN above untrained, least of the seeds",
+        "effective rank", "collapse", "minutes",
+    )  # fmt: skip
+    yield "|---|---|---|---|---|---|---|---|"
+    table = select(runs, "shapes")
+    for method in best_first(table):
+        its = select(table, "shapes", method)
+        yield row(
+            f"`{method}`",
+            str(len(its)),
+            spread(trained(its, "linear")),
+            spread(trained(its, "knn")),
+            f"{min(gains(its)):+.3f}",
+            f"{mean(trained(its, 'rank')):.1f} of {its[0]['trained']['dimensions']}",
+            verdicts(its),
+            minutes(its),
+        )
+    yield untrained(select(table, "shapes", "cplearn"), empty=4)
+
+
+def untrained(runs, empty):
+    """The row of the untrained network, which is the same for all methods."""
+    linear = spread([run["untrained"]["linear"] for run in runs])
+    knn = spread([run["untrained"]["knn"] for run in runs])
+    return row("untrained", str(len(runs)), linear, knn, *[""] * empty)
+
+
+def ablations(runs):
+    """The drawn shapes with the mechanism -> without it, seed 0."""
+    yield row("command", "linear", "kNN", "effective rank", "center norm", "without the mechanism")
+    yield "|---|---|---|---|---|---|"
+    for without in select(runs, "ablations"):
+        (with_,) = [
+            run
+            for run in select(runs, "shapes", without["method"])
+            if run["seed"] == without["seed"]
+        ]
+        before, after = with_["trained"], without["trained"]
+        yield row(
+            f"`{label(without, 'dataset')}`",
+            f"{before['linear']:.3f} → {after['linear']:.3f}",
+            f"{before['knn']:.3f} → {after['knn']:.3f}",
+            f"{before['rank']:.1f} → {after['rank']:.1f} of {after['dimensions']}",
+            f"{before['center_norm']:.2f} → {after['center_norm']:.2f}",
+            verdict(without),
+        )
+
+
+def information(runs):
+    """NMI, the same of shuffled assignments, and AMI."""
+    return " / ".join(f"{mean(trained(runs, name)):.2f}" for name in ("nmi", "shuffled", "ami"))
+
+
+def codes(runs):
+    """How many codes or prototypes the test images use, for methods that have any."""
+    if "used_codes" not in runs[0]["trained"]:
+        return ""
+    return f"{mean(trained(runs, 'used')):.0f} of {runs[0]['trained']['clusters']}"
+
+
+def budget(runs):
+    """Every method at one budget."""
+    yield row(
+        "method", "seeds", "linear", "kNN", "NMI / shuffled / AMI", "effective rank",
+        "center norm", "codes", "collapse", "minutes", "published", "published by",
+    )  # fmt: skip
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    table = select(runs, "budget")
+    for method in best_first(table):
+        its = select(table, "budget", method)
+        yield row(
+            f"`{label(its[0], *BUDGET)}`",
+            str(len(its)),
+            spread(trained(its, "linear")),
+            spread(trained(its, "knn")),
+            information(its),
+            f"{spread(trained(its, 'rank'), 1)} of {its[0]['trained']['dimensions']}",
+            spread(trained(its, "center_norm"), 2),
+            codes(its),
+            verdicts(its),
+            minutes(its),
+            *PUBLISHED.get(method, ("", "")),
+        )
+    yield untrained(select(table, "budget", "cplearn"), empty=8)
+
+
+def all_images(runs):
+    """Few methods on all images."""
+    yield row(
+        "method", "epochs", "linear", "above untrained", "kNN", "above untrained",
+        "NMI / shuffled / AMI", "effective rank", "center norm", "codes", "collapse", "minutes",
+        "published", "published by",
+    )  # fmt: skip
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+
+    def by_epochs(run):
+        return run["knn_curve"][-1][0], -run["trained"]["knn"]
+
+    for run in sorted(select(runs, "all_images"), key=by_epochs):
+        figures = run["trained"]
+        yield row(
+            f"`{label(run, *ALL_IMAGES)}`",
+            f"{run['knn_curve'][-1][0]:.0f}",
+            f"{figures['linear']:.3f}",
+            f"{gains([run], 'linear')[0]:+.3f}",
+            f"{figures['knn']:.3f}",
+            f"{gains([run])[0]:+.3f}",
+            information([run]),
+            f"{figures['rank']:.1f} of {figures['dimensions']}",
+            f"{figures['center_norm']:.2f}",
+            codes([run]),
+            ", ".join(found(run)) or "none",
+            minutes([run]),
+            *PUBLISHED.get(run["method"], ("", "")),
+        )
