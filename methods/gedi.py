@@ -67,7 +67,7 @@ def add_flags(parser):
 
 def loss_fn(
     s1, s2, log_real=None, log_fake=None, *, prior_weight=1.0, beta=0.05, generative_weight=0.0
-):  # fmt: skip
+):
     """The loss of two views' scores (n, c), float32.
 
     log_real, log_fake: F (n,) of the images and of as many samples, if generative_weight is not 0.

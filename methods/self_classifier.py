@@ -67,9 +67,7 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(
-    s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_temperature=0.05
-):  # fmt: skip
+def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_temperature=0.05):
     """The loss of two views' scores (n, sum of `sizes`), float32.
 
     sizes: the number of classes k of each classifier; its scores are so many columns.

@@ -76,9 +76,7 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(
-    s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, temperature=0.1
-):  # fmt: skip
+def loss_fn(s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, temperature=0.1):
     """Eqs. 1 and 2 of two views' cosines (n, k), float32: `loss`, `loss12` (q1, p2) and `loss21`.
 
     queue1, queue2: cosines (m, k) of earlier embeddings. They take part in Sinkhorn only.

@@ -70,9 +70,14 @@ def add_flags(parser):
 
 
 def loss_fn(
-    z1, z2, *, invariance_weight=25.0, variance_weight=25.0, covariance_weight=1.0,
+    z1,
+    z2,
+    *,
+    invariance_weight=25.0,
+    variance_weight=25.0,
+    covariance_weight=1.0,
     sum_variance=False,
-):  # fmt: skip
+):
     """Eq. 6 of two views' embeddings (n, d), float32.
 
     Returns scalars `loss`, `invariance`, `variance` and `covariance`.
