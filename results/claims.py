@@ -345,7 +345,7 @@ def table(runs):
     """The lines of the table of claims."""
     yield "| paper | says | runs, or test | measured here, in the runs' order | holds |"
     yield "|---|---|---|---|---|"
-    before = []
+    first = {}  # the first claim that some runs decide
     for source, says, decided_by, decide in CLAIMS:
         if decide is None:
             made_by = f"`python -m pytest {decided_by}`"
@@ -354,10 +354,10 @@ def table(runs):
             measured = [figures(runs, like) for like in decided_by]
             commands = [command(*pair) for pair in zip(decided_by, measured, strict=True)]
             made_by = "<br>".join(commands)
+            if made_by in first and len(commands) > 1:
+                made_by = f"those of {first[made_by]}"
+            first.setdefault(made_by, source)
             shown, holds = decide(*measured)
-        if len(decided_by) > 1 and decided_by in before:
-            made_by = "as above"
-        before.append(decided_by)
         yield f"| {source} | {says} | {made_by} | {shown} | {word(holds)} |"
 
 

@@ -98,17 +98,17 @@ METHODS = [
 SOLO_LEARN = "[solo-learn](https://github.com/vturrisi/solo-learn#results)"
 CPLEARN_PAPER = "CPLearn paper, Table 8"
 PUBLISHED = {
-    "barlow_twins": ("0.921", SOLO_LEARN),
-    "byol": ("0.926", SOLO_LEARN),
-    "dino": ("0.895", SOLO_LEARN),
-    "simclr": ("0.907", SOLO_LEARN),
-    "simsiam": ("0.905", SOLO_LEARN),
-    "swav": ("0.892", SOLO_LEARN),
-    "vicreg": ("0.921", SOLO_LEARN),
-    "wmse": ("0.887", SOLO_LEARN),
-    "cplearn": ("0.913", CPLEARN_PAPER),
-    "gedi": ("0.800", CPLEARN_PAPER),
-    "self_classifier": ("0.848", CPLEARN_PAPER),
+    "barlow_twins": f"0.921, {SOLO_LEARN}",
+    "byol": f"0.926, {SOLO_LEARN}",
+    "dino": f"0.895, {SOLO_LEARN}",
+    "simclr": f"0.907, {SOLO_LEARN}",
+    "simsiam": f"0.905, {SOLO_LEARN}",
+    "swav": f"0.892, {SOLO_LEARN}",
+    "vicreg": f"0.921, {SOLO_LEARN}",
+    "wmse": f"0.887, {SOLO_LEARN}",
+    "cplearn": f"0.913, {CPLEARN_PAPER}",
+    "gedi": f"0.800, {CPLEARN_PAPER}",
+    "self_classifier": f"0.848, {CPLEARN_PAPER}",
 }
 
 # Flags that all rows of a table have.
@@ -156,17 +156,22 @@ def found(run):
 
 def verdict(run):
     """The diagnosis of a run in words."""
-    words = [f"{mode} collapse" for mode in found(run)]
+    words = []
+    if found(run):
+        words.append(" and ".join(found(run)) + " collapse")
     if run["verdicts"]["assignment"] == "still uniform":
         words.append("assignments stay uniform")
-    return " and ".join(words) or "no collapse by the diagnosis"
+    return ", ".join(words) or "no collapse by the diagnosis"
 
 
 def verdicts(runs):
-    """The modes that the diagnosis finds in the runs that have one, with how many have it."""
-    diagnosed = [run for run in runs if run["verdicts"]]
-    modes = [mode for run in diagnosed for mode in found(run)]
-    words = [f"{mode} ({modes.count(mode)} of {len(diagnosed)})" for mode in dict.fromkeys(modes)]
+    """The modes that the diagnosis finds in the runs, and in how many where not in all."""
+    modes = [mode for run in runs for mode in found(run)]
+    words = []
+    for mode in dict.fromkeys(modes):
+        if modes.count(mode) < len(runs):
+            mode += f" ({modes.count(mode)} of {len(runs)})"
+        words.append(mode)
     return ", ".join(words) or "none"
 
 
@@ -195,10 +200,17 @@ def methods(runs):
 
 def pair(runs, method, flag):
     """The runs of a method on the drawn shapes with its mechanism and without it, of seed 0."""
-    (with_,) = [run for run in select(runs, "shapes", method) if run["seed"] == 0]
-    wanted = f"{method} --dataset shapes {flag}"
-    (without,) = [run for run in select(runs, "ablations", method) if label(run) == wanted]
+    with_ = stored(runs, "shapes", f"{method} --dataset shapes")
+    without = stored(runs, "ablations", f"{method} --dataset shapes {flag}")
     return with_, without
+
+
+def stored(runs, table, wanted, seed=0):
+    """The run of a table with the label `wanted`."""
+    for run in select(runs, table):
+        if label(run) == wanted and run["seed"] == seed:
+            return run
+    raise SystemExit(f"the table {table} has no run {wanted} --seed {seed}")
 
 
 def what_happens(runs, method, flag):
@@ -210,13 +222,21 @@ def what_happens(runs, method, flag):
     if "representation" in modes:
         figures.append(f"center norm {before['center_norm']:.2f} → {after['center_norm']:.2f}")
     if "dimensional" in modes:
-        ranks = f"{before['rank']:.0f} → {after['rank']:.0f}"
+        ranks = f"{before['rank']:.1f} → {after['rank']:.1f}"
         figures.append(f"rank {ranks} of {after['dimensions']}")
-    if "cluster" in modes:
+    if "used_codes" in after:
         used = f"{before['used']} → {after['used']}"
-        figures.append(f"{used} of {after['clusters']} in use")
+        figures.append(f"{used} of {after['clusters']} {codes_name(method)} in use")
     figures.append(f"kNN {before['knn']:.2f} → {after['knn']:.2f}")
     return f"{verdict(without)}: {', '.join(figures)}"
+
+
+def codes_name(method):
+    if method == "cplearn":
+        return "codes"
+    if method in ("gedi", "self_classifier"):
+        return "classes"
+    return "prototypes"
 
 
 # --- results/README.md
@@ -226,7 +246,7 @@ def shapes(runs):
     """Every method on the drawn shapes."""
     yield row(
         "method", "seeds", "linear", "kNN", "kNN above untrained, least of the seeds",
-        "effective rank", "collapse", "minutes",
+        "effective rank", "collapse (seed 0)", "minutes",
     )  # fmt: skip
     yield "|---|---|---|---|---|---|---|---|"
     table = select(runs, "shapes")
@@ -239,7 +259,7 @@ def shapes(runs):
             spread(trained(its, "knn")),
             f"{min(gains(its)):+.3f}",
             f"{mean(trained(its, 'rank')):.1f} of {its[0]['trained']['dimensions']}",
-            verdicts(its),
+            verdicts([run for run in its if run["seed"] == 0]),
             minutes(its),
         )
     yield untrained(select(table, "shapes", "cplearn"), empty=4)
@@ -257,11 +277,7 @@ def ablations(runs):
     yield row("command", "linear", "kNN", "effective rank", "center norm", "without the mechanism")
     yield "|---|---|---|---|---|---|"
     for without in select(runs, "ablations"):
-        (with_,) = [
-            run
-            for run in select(runs, "shapes", without["method"])
-            if run["seed"] == without["seed"]
-        ]
+        with_ = stored(runs, "shapes", f"{without['method']} --dataset shapes", without["seed"])
         before, after = with_["trained"], without["trained"]
         yield row(
             f"`{label(without, 'dataset')}`",
@@ -289,9 +305,9 @@ def budget(runs):
     """Every method at one budget."""
     yield row(
         "method", "seeds", "linear", "kNN", "NMI / shuffled / AMI", "effective rank",
-        "center norm", "codes", "collapse", "minutes", "published", "published by",
+        "center norm", "codes in use", "collapse", "minutes", "published linear",
     )  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     table = select(runs, "budget")
     for method in best_first(table):
         its = select(table, "budget", method)
@@ -306,19 +322,19 @@ def budget(runs):
             codes(its),
             verdicts(its),
             minutes(its),
-            *PUBLISHED.get(method, ("", "")),
+            PUBLISHED.get(method, "–"),
         )
-    yield untrained(select(table, "budget", "cplearn"), empty=8)
+    yield untrained(select(table, "budget", "cplearn"), empty=7)
 
 
 def all_images(runs):
     """Few methods on all images."""
     yield row(
         "method", "epochs", "linear", "above untrained", "kNN", "above untrained",
-        "NMI / shuffled / AMI", "effective rank", "center norm", "codes", "collapse", "minutes",
-        "published", "published by",
+        "NMI / shuffled / AMI", "effective rank", "center norm", "codes in use", "collapse",
+        "minutes", "published linear",
     )  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 
     def by_epochs(run):
         return run["knn_curve"][-1][0], -run["trained"]["knn"]
@@ -336,7 +352,7 @@ def all_images(runs):
             f"{figures['rank']:.1f} of {figures['dimensions']}",
             f"{figures['center_norm']:.2f}",
             codes([run]),
-            ", ".join(found(run)) or "none",
+            verdicts([run]),
             minutes([run]),
-            *PUBLISHED.get(run["method"], ("", "")),
+            PUBLISHED.get(run["method"], "–"),
         )
