@@ -1,11 +1,34 @@
 """What the training scripts share. Nothing here knows a method.
 
-Data          load_data, two_views          images as uint8 on the device, and two augmented views of each batch
-Augmentation  draw_augmentation, augment    random parameters for each image, applied to a whole batch at once
+Contents, in the order of this file:
+
+Data          load_data, two_views          uint8 images, and two augmented views of each batch
+Augmentation  draw_augmentation, augment    random parameters for each image, a batch at once
 Backbones     build_backbone, frozen_copy   resnet8, resnet18, resnet50, vit_small, mlp
-Metrics       collapse_metrics, extract     center norm, effective rank, correlation, used codes, kNN accuracy
-Processes     gather, sum_gradients         several processes compute what one process with the whole batch would
-Run           parse_args, set_up, open_run  flags, optimizer, seeds, run folder, log, checkpoint, resume
+Metrics       collapse_metrics, extract     center norm, rank, correlation, used codes, kNN accuracy
+Processes     gather, sum_gradients         several processes compute what a single one would
+Flags         add_shared_flags, parse_args  the flags of all methods, and where defaults come from
+Run           set_up, open_run, Run         device, optimizer, run folder, log, checkpoint, resume
+
+What this file asks of a method's `Model`, a `torch.nn.Module` that is built as `Model(args)`:
+
+backbone      a Module from images (n, 3, H, W) or points (n, 2) to features (n, num_features), as
+              `build_backbone` returns it, with the attribute `num_features`. The checkpoint holds
+              its state a second time, alone.
+head          a Module from features to embeddings z (n, d), which the loss acts on.
+forward(x)    head(backbone(x)).
+scores(z)     Only if there are codes or prototypes: embeddings (n, d) to scores (n, c). Image i is
+              assigned the code with the largest score. A row of scores depends on its own z alone.
+temperature   Only if there are scores, and 1 if it is missing: softmax(scores / temperature) is the
+              distribution whose entropy is measured.
+teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it.
+              `--compile` compiles its `forward`, and that of the model.
+
+Parameters and buffers hold everything that training changes, because they are what the checkpoint
+keeps. The parameters that learn have `requires_grad` when `build_optimizer` is called. Before
+`gather`, only batch norms of torch.nn mix the rows of a batch. Nothing with parameters comes after
+`gather`. Random numbers within a step come from a generator of (seed, step), because the checkpoint
+does not hold the state of torch's own generator.
 """
 
 import argparse
@@ -50,8 +73,14 @@ def fail(message):
 
 
 def generator(*key):
-    """A random generator that depends only on the integers of `key`, so that any step can be drawn again."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    """A random generator that depends only on the integers `key`: any step can be drawn again."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+def uniform(low, high, shape, draw):
+    """Random numbers between `low` and `high`, drawn from the generator `draw`."""
+    return low + (high - low) * torch.rand(shape, generator=draw)
 
 
 # --- data
@@ -62,22 +91,27 @@ IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif
 
 # The 100 classes that "Contrastive Multiview Coding" (Tian et al., 2020) drew from ImageNet.
 IMAGENET100 = """
-n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146
-n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 n02086910 n02859443 n13040303 n03594734
-n02085620 n02099849 n01558993 n04493381 n02109047 n04111531 n02877765 n04429376 n02009229 n01978455 n02106550 n01820546
-n01692333 n07714571 n02974003 n02114855 n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251
-n02701002 n03379051 n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868
-n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322 n02113978 n03787032
-n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029 n03837869 n03494278 n04136333 n03794056
-n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 n04229816 n02100583 n03642806 n04336792 n03259280 n02116738
-n02108089 n03424325 n01855672 n02090622
+n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797
+n01735189 n07831146 n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653
+n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 n01558993 n04493381 n02109047 n04111531
+n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 n02114855
+n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 n03379051
+n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868
+n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322
+n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029
+n03837869 n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045
+n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622
 """.split()
 
 
 @dataclass
 class Data:
-    """uint8 images (N, 3, H, W) or float32 points (N, 2), int64 labels (N,), `mean` and `std` of pixels in [0, 1], and
-    the `size` in pixels of what the network sees, the middle of larger images."""
+    """A data set. Training and test images are uint8 (N, 3, H, W), points are float32 (N, 2).
+
+    Labels are int64 (N,), places in the list `classes`. `mean` and `std` are those of the training
+    set: of each color (3,) of pixels in [0, 1], or of each coordinate (2,). The network sees `size`
+    × `size` pixels. Of larger images it sees the middle.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -89,145 +123,285 @@ class Data:
     size: int
 
     def normalise(self, images):
-        """A batch as the network sees it without augmentation: float32, mean 0, standard deviation 1."""
+        """A batch without augmentation as the network sees it: float32, mean 0, deviation 1."""
+        device = self.mean.device
         if images.ndim == 2:
-            return (images.to(self.mean.device) - self.mean) / self.std
+            return (images.to(device) - self.mean) / self.std
         images = TF.center_crop(images, self.size)
-        x = (images.to(self.mean.device) / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
+        x = images.to(device) / 255
+        x = (x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def load_data(args, device):
-    """The data set `args.dataset` as `Data`. A set that is too large for the device stays a memory-mapped file."""
+    """The data set `args.dataset` as `Data`.
+
+    Images that take a third of a GPU's free memory or more stay on the host. Those of a folder
+    then stay in a memory-mapped file.
+    """
+    size = args.image_size
     if args.dataset in TOYS:
-        train, test = (draw_toy(args.dataset, n, seed) for n, seed in ((1500, 0), (600, 1)))
+        train = draw_toy(args.dataset, 1500, seed=0)
+        test = draw_toy(args.dataset, 600, seed=1)
         classes = ["0", "1", "2"]
     elif args.dataset == "shapes":
-        train, test = (draw_shapes(n, args.image_size, seed) for n, seed in ((5000, 0), (1000, 1)))
+        train = draw_shapes(5000, size, seed=0)
+        test = draw_shapes(1000, size, seed=1)
         classes = list(SHAPES)
     elif args.dataset in ("folder", "imagenet100"):
-        train, test, classes = read_folder(Path(args.data_dir), args.image_size, args.dataset)
+        train, test, classes = read_folder(Path(args.data_dir), size, args.dataset)
     else:
         train, test, classes = read_torchvision(args)
-    sample = train[0][:: 1 + train[0].nbytes // 50_000_000]  # a part of a large set is enough
-    std, mean = torch.std_mean(sample, 0) if sample.ndim == 2 else torch.std_mean(sample / 255, (0, 2, 3))
-    if device.type != "cuda" or train[0].nbytes < torch.cuda.mem_get_info(device)[0] / 3:
-        train, test = ([t.to(device) for t in split] for split in (train, test))
-    return Data(*train, *test, classes, mean.to(device), std.clamp_min(1e-3).to(device), args.image_size)
+    images, labels = train
+    test_images, test_labels = test
+
+    sample = images[:: 1 + images.nbytes // 50_000_000]  # a part of a large set is enough
+    if sample.ndim == 2:
+        std, mean = torch.std_mean(sample, 0)
+    else:
+        std, mean = torch.std_mean(sample / 255, (0, 2, 3))
+    std = std.clamp_min(1e-3)  # a channel may be constant
+
+    if device.type == "cuda":
+        free_memory, _ = torch.cuda.mem_get_info(device)
+        fits = images.nbytes < free_memory / 3
+    else:
+        fits = True
+    if fits:
+        images = images.to(device)
+        labels = labels.to(device)
+        test_images = test_images.to(device)
+        test_labels = test_labels.to(device)
+    mean = mean.to(device)
+    std = std.to(device)
+    return Data(images, labels, test_images, test_labels, classes, mean, std, size)
 
 
 def read_torchvision(args):
-    """CIFAR-10, CIFAR-100 or SVHN through torchvision, which downloads them once and checks their checksums."""
-    svhn, parts = args.dataset == "svhn", []
-    cls = getattr(torchvision.datasets, args.dataset.upper())
+    """CIFAR-10, CIFAR-100 or SVHN by torchvision, which downloads it once and checks its checksums.
+
+    Returns (images, labels) of the training set, the same of the test set, and the class names.
+    Without the files and without a connection, the program ends with one line.
+    """
+    svhn = args.dataset == "svhn"
+    dataset_class = getattr(torchvision.datasets, args.dataset.upper())
+    splits = {}
     for split in ("train", "test"):
-        which = {"split": split} if svhn else {"train": split == "train"}
+        if svhn:
+            which = {"split": split}
+        else:
+            which = {"train": split == "train"}
         try:
             with first_on_machine() as first:
-                found = cls(args.data_dir, download=first, **which)
+                found = dataset_class(args.data_dir, download=first, **which)
         except (OSError, RuntimeError) as error:
-            url, why = cls.split_list[split][0] if svhn else cls.url, type(error).__name__
-            fail(f"{args.dataset} is not in {args.data_dir!r} and could not be downloaded ({why}): put {url} there, "
-                 "or use --dataset shapes")  # fmt: skip
-        images = torch.from_numpy(found.data if svhn else found.data.transpose(0, 3, 1, 2).copy())
+            why = type(error).__name__
+            if svhn:
+                url = dataset_class.split_list[split][0]
+            else:
+                url = dataset_class.url
+            fail(
+                f"{args.dataset} is not in {args.data_dir!r} and could not be downloaded ({why}): "
+                f"put {url} there, or use --dataset shapes"
+            )
+        if svhn:
+            images = torch.from_numpy(found.data)
+            labels = found.labels
+            classes = list("0123456789")
+        else:
+            images = torch.from_numpy(found.data.transpose(0, 3, 1, 2).copy())
+            labels = found.targets
+            classes = found.classes
         if images.shape[-1] != args.image_size:
-            images = TF.resize(images, [args.image_size] * 2, antialias=True)
-        parts.append((images, torch.as_tensor(found.labels if svhn else found.targets).long()))
-    return *parts, list("0123456789") if svhn else found.classes
+            images = TF.resize(images, [args.image_size, args.image_size], antialias=True)
+        splits[split] = (images, torch.as_tensor(labels).long())
+    return splits["train"], splits["test"], classes
 
 
 def read_folder(root, size, dataset):
-    """The images of root/train/<class>/ and root/{val,test}/<class>/ as memory-mapped uint8, and the class names; with
-    dataset "imagenet100" those of the 100 published classes of an ImageNet folder. Above 64 pixels the images are
-    larger than `size`, 256 for 224, because random crops are cut out of them."""
+    """The images of root/train/<class>/ and root/{val,test}/<class>/.
 
-    def is_image(path):
-        return Path(path).suffix.lower() in IMAGE_ENDINGS and not Path(path).name.startswith(".")
+    `dataset` is "folder", or "imagenet100" for the 100 published classes of an ImageNet folder.
+    Returns (images, labels) of the training set, the same of the test set, and the class names.
+    The images are memory-mapped uint8. Above 64 pixels they are larger than `size`, 256 for 224,
+    because random crops are cut out of them. The program ends with one line if there are no
+    images, or images that cannot be read.
+    """
+    if (root / "val").is_dir():
+        test = "val"
+    else:
+        test = "test"
+    train_classes = class_folders(root / "train")
+    test_classes = class_folders(root / test)
+    if dataset == "imagenet100":
+        train_classes = sorted(IMAGENET100)
+        test_classes = train_classes
+    extra = set(test_classes) - set(train_classes)
+    if extra:
+        fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
+    # A label is the class's place in `train_classes`. The test set may lack some of the classes.
+    label_of = {name: label for label, name in enumerate(train_classes)}
+    train_files = labelled_files(root / "train", label_of)
+    test_files = labelled_files(root / test, {name: label_of[name] for name in test_classes})
 
-    split, test, splits = "train", "val" if (root / "val").is_dir() else "test", []
+    if size <= 64:
+        stored_size = size
+    else:
+        stored_size = size * 8 // 7
+    train_images = read_images(root, "train", train_files, stored_size)
+    test_images = read_images(root, test, test_files, stored_size)
+    train_labels = torch.tensor([label for _, label in train_files])
+    test_labels = torch.tensor([label for _, label in test_files])
+    return (train_images, train_labels), (test_images, test_labels), train_classes
+
+
+def class_folders(folder):
+    """The names of the folders in `folder`, sorted, without hidden ones."""
     try:
-        folders = {s: [name for name in find_classes(root / s)[0] if name[0] != "."] for s in ("train", test)}
-        classes = sorted(IMAGENET100 if dataset == "imagenet100" else folders["train"])
-        extra = set(folders[test]) - set(folders["train"])
-        if extra and dataset == "folder":
-            fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
-        for split in ("train", test):
-            indices = {name: classes.index(name) for name in (folders[split] if dataset == "folder" else classes)}
-            splits.append((split, make_dataset(root / split, indices, is_valid_file=is_image)))
+        names, _ = find_classes(folder)
     except (OSError, ValueError) as error:
-        rule = "--data-dir must hold images in train/<class>/* and in val/<class>/* or test/<class>/*"
-        fail(f"no images in {str(root / split)!r} ({str(error)[:90]}): {rule}")
-    parts = []
-    for split, pairs in splits:
-        source = size if size <= 64 else size * 8 // 7
-        with first_on_machine() as first:
-            if first:
-                decode_images(root, split, [Path(path) for path, _ in pairs], source)
-        (cache,) = (root / f".cache-{source}").glob(f"{split}-*.npy")
-        images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # copy-on-write: torch wants writable memory
-        parts.append((images, torch.tensor([label for _, label in pairs])))
-    return *parts, classes
+        refuse_folder(folder, error)
+    return [name for name in names if name[0] != "."]
+
+
+def labelled_files(folder, label_of):
+    """(path, label) of all images below folder/<class>/, for the classes in `label_of`, sorted."""
+    try:
+        return make_dataset(folder, label_of, is_valid_file=is_image)
+    except (OSError, ValueError) as error:
+        refuse_folder(folder, error)
+
+
+def is_image(path):
+    """Whether the ending is that of an image, and the file is not a hidden one."""
+    path = Path(path)
+    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+
+
+def refuse_folder(folder, error):
+    """Ends the program with one line on what a folder of images must look like."""
+    fail(
+        f"no images in {str(folder)!r} ({str(error)[:90]}): --data-dir must hold images in "
+        "train/<class>/* and in val/<class>/* or test/<class>/*"
+    )
+
+
+def read_images(root, split, labelled, size):
+    """The images of a split (n, 3, size, size), memory-mapped from the cache of decoded images."""
+    with first_on_machine() as first:
+        if first:
+            decode_images(root, split, [Path(path) for path, _ in labelled], size)
+    (cache,) = (root / f".cache-{size}").glob(f"{split}-*.npy")
+    array = np.load(cache, mmap_mode="c")  # copy-on-write: torch wants writable memory
+    return torch.from_numpy(array)
 
 
 def decode_images(root, split, files, size):
-    """Writes the images as one array (n, 3, size, size) to root/.cache-<size>/<split>-<key>.npy, if it is not there:
-    shorter side resized to `size`, antialiased, center cut out. The key changes when the files do. The file is written
-    whole, then renamed."""
-    try:
-        stats = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
-    except OSError as error:
-        fail(f"cannot read {error.filename!r} ({error.strerror}): remove or replace it")
-    folders = {p.parent for p in files}
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    """Writes the images as one uint8 array (n, 3, size, size), if that is not yet done.
+
+    The array is root/.cache-<size>/<split>-<fingerprint of the files>.npy. So other files, or
+    changed ones, get a new array. The split's old arrays are removed. The program ends with one
+    line if an image cannot be read, or the array cannot be written.
+    """
+    cache = root / f".cache-{size}" / f"{split}-{fingerprint(root, files)}.npy"
+    folders = {path.parent for path in files}
+    resolved = {folder.resolve() for folder in folders}
+    if len(resolved) < len(folders):
         fail(f"a folder below {str(root / split)!r} is there twice, by a link: remove the link")
-    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-    cache = root / f".cache-{size}" / f"{split}-{key}.npy"
     if not cache.exists():
-        part = cache.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same cache
+        write_cache(cache, split, files, size)
+    outdated = set(cache.parent.glob(f"{split}-*.npy")) - {cache}
+    for path in outdated:
+        path.unlink()
+
+
+def fingerprint(root, files):
+    """16 hexadecimal digits that change if a file comes, goes, is renamed or is written to."""
+    stats = []
+    for path in files:
         try:
-            cache.parent.mkdir(exist_ok=True)
-            array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))
+            stat = path.stat()
         except OSError as error:
-            fail(f"cannot write the image cache {str(cache.parent)!r} ({error.strerror}): link the images elsewhere")
+            fail(f"cannot read {error.filename!r} ({error.strerror}): remove or replace it")
+        stats.append((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
-        def decode(i):
-            try:
-                with Image.open(files[i]) as image:
-                    if image.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
-                        return files[i]
-                    image = TF.center_crop(TF.resize(image.convert("RGB"), size, antialias=True), size)
-                with Image.open(files[i]) as file:
-                    file.verify()  # the checksums of a PNG, which loading does not look at
-                array[i] = np.asarray(image).transpose(2, 0, 1)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                return files[i]
 
-        try:
-            with ThreadPoolExecutor() as pool:  # not processes: Pillow works without the interpreter's lock
-                done = pool.map(decode, range(len(files)))
-                bad = [str(p) for p in tqdm(done, f"decode {split}", len(files), disable=None, leave=False) if p]
-            if bad:
-                fail(f"{len(bad)} image(s) are damaged or have more than 8 bits, the first is {bad[0]!r}; replace them")
-            array.flush()
-            os.replace(part, cache)
-        finally:
-            part.unlink(missing_ok=True)
-    for old in set(cache.parent.glob(f"{split}-*.npy")) - {cache}:
-        old.unlink()
+def write_cache(cache, split, files, size):
+    """Decodes all images into the array `cache`, which appears only when it is whole."""
+    part = cache.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same cache
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))
+    except OSError as error:
+        fail(
+            f"cannot write the image cache {str(cache.parent)!r} ({error.strerror}): "
+            "link the images elsewhere"
+        )
+
+    def decode_into_array(i):
+        pixels = decode_image(files[i], size)
+        if pixels is None:
+            return False
+        array[i] = pixels
+        return True
+
+    try:
+        bad = []
+        # Threads, not processes: Pillow works without the interpreter's lock.
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(decode_into_array, range(len(files)))
+            results = tqdm(results, f"decode {split}", len(files), disable=None, leave=False)
+            for path, decoded in zip(files, results, strict=True):
+                if not decoded:
+                    bad.append(path)
+        if bad:
+            fail(
+                f"{len(bad)} image(s) are damaged or have more than 8 bits, "
+                f"the first is {str(bad[0])!r}; replace them"
+            )
+        array.flush()
+        os.replace(part, cache)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def decode_image(path, size):
+    """An image file as uint8 pixels (3, size, size), or None if it is damaged or has over 8 bits.
+
+    The shorter side is resized to `size`, antialiased, and the middle is cut out.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
+                return None
+            image = file.convert("RGB")
+        with Image.open(path) as file:
+            file.verify()  # the checksums of a PNG, which loading does not look at
+        image = TF.resize(image, size, antialias=True)
+        image = TF.center_crop(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def draw_toy(name, n, seed):
-    """`n` points (n, 2) of three classes, and labels: "blobs" are Gaussians on a circle, "moons" half circles."""
-    rng = generator(seed)
-    labels = torch.randperm(n, generator=rng) % 3
-    noise = torch.randn(n, 2, generator=rng)
+    """`n` points (n, 2) of three classes, and their labels (n,).
+
+    "blobs" are three Gaussians on a circle, "moons" are three half circles, up and down in turn.
+    """
+    draw = generator(seed)
+    labels = torch.randperm(n, generator=draw) % 3
+    noise = torch.randn(n, 2, generator=draw)
     if name == "blobs":
         angle = 2 * math.pi * labels / 3
-        return 2 * torch.stack([angle.cos(), angle.sin()], 1) + 0.5 * noise, labels
-    angle = math.pi * torch.rand(n, generator=rng)
-    up = 1 - 2 * (labels % 2)
-    points = torch.stack([angle.cos() + labels, up * angle.sin() + 0.5 * (labels % 2)], 1)
-    return points + 0.1 * noise, labels
+        centers = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+        return centers + 0.5 * noise, labels
+    angle = math.pi * torch.rand(n, generator=draw)
+    odd = labels % 2
+    x = angle.cos() + labels
+    y = (1 - 2 * odd) * angle.sin() + 0.5 * odd  # the half circle of an odd label is turned over
+    return torch.stack([x, y], 1) + 0.1 * noise, labels
 
 
 # Ten shapes as rows of 5 × 5 squares.
@@ -246,206 +420,354 @@ SHAPES = {
 
 
 def draw_shapes(n, size, seed):
-    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and their labels (n,).
+    """`n` images (n, 3, size, size) uint8 of ten light shapes on dark ground, and labels (n,).
 
-    Size, place, rotation and noise vary, so that pixels say little about the class. Colors and ground do not: both
-    views of an image would share them, and a method could learn them instead of the shape.
+    Size, place, rotation and noise vary, so that pixels say little about the class. Colors and
+    ground do not vary: both views of an image would share them, and a method could learn them
+    instead of the shape.
     """
-    rng = generator(seed)
+    draw = generator(seed)
+    labels = torch.randperm(n, generator=draw) % len(SHAPES)
+    radius = uniform(0.35, 0.8, n, draw)
+    angle = uniform(0, 2 * math.pi, n, draw)
+    x = uniform(-0.6, 0.6, n, draw)
+    y = uniform(-0.6, 0.6, n, draw)
+    noise_level = uniform(0, 0.1, n, draw)
+    noise = noise_level.view(n, 1, 1, 1) * torch.randn(n, 3, size, size, generator=draw)
 
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=rng)
+    squares = torch.zeros(len(SHAPES), 1, 5, 5)
+    for i, shape in enumerate(SHAPES.values()):
+        for j, row in enumerate(shape.split()):
+            squares[i, 0, j] = torch.tensor([square == "#" for square in row])
 
-    labels = torch.randperm(n, generator=rng) % len(SHAPES)
-    squares = torch.tensor([[[p == "#" for p in row] for row in rows.split()] for rows in SHAPES.values()]).float()
-    radius, angle, x, y = uniform(0.35, 0.8), uniform(0, 2 * math.pi), uniform(-0.6, 0.6), uniform(-0.6, 0.6)
-    cos, sin = angle.cos() / radius, angle.sin() / radius
-    places = F.affine_grid(torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3), (n, 1, size, size), False)
-    inside = (4 * F.grid_sample(squares[labels, None], places, align_corners=False) - 1.5).clamp(0, 1)  # sharper
-    noise = uniform(0, 0.1).view(n, 1, 1, 1) * torch.randn(n, 3, size, size, generator=rng)
-    return ((0.25 + 0.5 * inside + noise).clamp(0, 1) * 255).round().byte(), labels
+    # For each pixel of the image, its place in the 5 × 5 squares, from -1 to 1.
+    cos = angle.cos() / radius
+    sin = angle.sin() / radius
+    to_squares = torch.stack([cos, -sin, x, sin, cos, y], 1).view(n, 2, 3)
+    places = F.affine_grid(to_squares, (n, 1, size, size), align_corners=False)
+    inside = F.grid_sample(squares[labels], places, align_corners=False)
+    inside = (4 * inside - 1.5).clamp(0, 1)  # sharper edges
+    images = (0.25 + 0.5 * inside + noise).clamp(0, 1)
+    return (images * 255).round().byte(), labels
 
 
 def two_views(data, args, views, epoch, first=0):
-    """Two augmented views (x1, x2) of each batch of an epoch, from step `first` on, without the last, short batch.
+    """Yields two augmented views (x1, x2) of each batch of an epoch, from step `first` on.
 
-    `views` holds each view's changes to `--augment strong`. For the toys the views are two points of one class. All
-    depends only on seed, epoch and step, so a resumed run sees the same batches. A process gets its share of a batch.
+    `views` holds, for each view, changes to `--augment strong` (see `view_settings`). For points
+    the second view is another point of the same class. A view is float32, (n, 3, size, size) or
+    (n, 2), where n is this process's share of the batch. The last, short batch is left out. All
+    depends only on seed, epoch and step, so that a resumed run sees the same batches.
     """
-    n, size, device = len(data.labels), args.batch_size, data.mean.device
-    order = torch.randperm(n, generator=generator(args.seed, epoch))[: n // size * size].view(-1, size)[first:]
-    share = size // world_size()
-    mine = slice(rank() * share, (rank() + 1) * share)
+    # The rows of the data set that each step takes: (steps, batch size).
+    steps = len(data.labels) // args.batch_size
+    order = torch.randperm(len(data.labels), generator=generator(args.seed, epoch))
+    order = order[: steps * args.batch_size].view(steps, args.batch_size)
+    order = order[first:]
     if data.images.ndim == 2:
-        by_class = torch.argsort(data.labels, stable=True)
-        count = (data.labels == torch.arange(len(data.classes), device=device)[:, None]).sum(1)
-        for step, index in enumerate(order.to(device, non_blocking=True), first):
-            # The other view is a random point of the same class, whose points stand together in `by_class`.
-            random = torch.rand(size, generator=generator(args.seed, epoch, step)).to(device, non_blocking=True)
-            label = data.labels[index]
-            partners = by_class[(count.cumsum(0) - count)[label] + (random * count[label]).long()]
-            yield tuple(data.normalise(data.images[i[mine]]) for i in (index, partners))
-        return
-    own = DATASET_AUGMENT.get(args.dataset, {})
-    settings = [AUGMENT[args.augment] | (changes if args.augment == "strong" else {}) | own for changes in views]
-    for step, images in enumerate(batches(data.images, order[:, mine], device), first):
-        draw, source = generator(args.seed, epoch, step), images.shape[-1]
-        drawn = [draw_augmentation(size, changed, args.image_size, draw, source, mine) for changed in settings]
-        yield tuple(augment(images, parameters, data.mean, data.std, args.image_size) for parameters in drawn)
+        yield from views_of_points(data, args, order, epoch, first)
+    else:
+        yield from views_of_images(data, args, views, order, epoch, first)
+
+
+def own_share(batch_size):
+    """The rows of a batch that belong to this process."""
+    share = batch_size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def views_of_points(data, args, order, epoch, first):
+    """`two_views` for points: the second view is a random point of the first one's class."""
+    device = data.mean.device
+    own = own_share(args.batch_size)
+    # In `by_class` the points of a class stand together: `count` of them, from `start` on.
+    by_class = torch.argsort(data.labels, stable=True)
+    class_numbers = torch.arange(len(data.classes), device=device)
+    count = (data.labels == class_numbers[:, None]).sum(1)
+    start = count.cumsum(0) - count
+    for step, points in enumerate(order.to(device, non_blocking=True), first):
+        # Drawn for the whole batch, of which each process takes its share.
+        draw = generator(args.seed, epoch, step)
+        random = torch.rand(args.batch_size, generator=draw).to(device, non_blocking=True)
+        label = data.labels[points]
+        partners = by_class[start[label] + (random * count[label]).long()]
+        x1 = data.normalise(data.images[points[own]])
+        x2 = data.normalise(data.images[partners[own]])
+        yield x1, x2
+
+
+def views_of_images(data, args, views, order, epoch, first):
+    """`two_views` for images: each view is augmented with its own settings."""
+    size = args.image_size
+    own = own_share(args.batch_size)
+    settings_of_views = [view_settings(args, changes) for changes in views]
+    own_batches = batches(data.images, order[:, own], data.mean.device)
+    for step, images in enumerate(own_batches, first):
+        draw = generator(args.seed, epoch, step)
+        source = images.shape[-1]
+        augmented = []
+        for settings in settings_of_views:
+            # Drawn for the whole batch, of which each process takes its share.
+            parameters = draw_augmentation(args.batch_size, settings, size, draw, source, own)
+            augmented.append(augment(images, parameters, data.mean, data.std, size))
+        yield tuple(augmented)
 
 
 def batches(images, indices, device):
-    """Yields images[index] on the device for each row of `indices` (steps, n). Where the images are not on the device,
-    a thread reads a batch ahead from the memory-mapped file and sends it, while the network trains on the last one."""
+    """Yields images[index] on the device for each row of `indices` (steps, n).
+
+    If the images are on the host, a thread reads one batch ahead from their memory-mapped file and
+    sends it to the device, while the network trains on the batch before.
+    """
     if images.device.type != "cpu":
         for index in indices.to(device, non_blocking=True):
             yield images[index]
         return
 
     def read(index):
-        # By numpy, because torch would start threads of its own here, which slow down the network's.
+        # By numpy, because torch would start threads here, which slow down the network's.
         batch = torch.from_numpy(images.numpy().take(index.numpy(), 0))
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+        if device.type == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        return batch
 
+    if len(indices) == 0:
+        return
     with ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for index in [*indices, None]:
-            batch, ahead = ahead, index is not None and thread.submit(read, index)
-            if batch:
-                yield batch.result()
+        ahead = thread.submit(read, indices[0])
+        for index in indices[1:]:
+            ready = ahead
+            ahead = thread.submit(read, index)
+            yield ready.result()
+        yield ahead.result()
 
 
 # --- augmentation
 
 # scale, ratio       area and aspect ratio of a random resized crop, as shares of the image
 # padding            instead, a shift by up to so many pixels of the image reflected at its border
-# jitter, jitter_p   strengths for brightness, contrast, saturation and hue, and the probability of any jitter
-# flip, grayscale, blur, solarize    probabilities; images below 64 pixels are not blurred, as in SimCLR on CIFAR-10
+# jitter, jitter_p   strengths for brightness, contrast, saturation and hue, and the probability of
+#                    any jitter
+# flip, grayscale, blur, solarize
+#                    probabilities; images below 64 pixels are not blurred, as in SimCLR on CIFAR-10
 # noise              standard deviation of Gaussian noise, added after normalisation
-# "strong" is BYOL's (Grill et al., 2020, Table 6), without the blur and solarization that differ between its two views:
-# a script's VIEWS adds them. "weak" is CPLearn's for ResNet-8 (Sansone et al., 2025).
+# "strong" is BYOL's (Grill et al., 2020, Table 6), without the blur and solarization that differ
+# between its two views: a script's VIEWS adds them. "weak" is CPLearn's for ResNet-8 (Sansone et
+# al., 2025).
 AUGMENT = {
-    "strong": {"scale": (0.08, 1), "ratio": (3 / 4, 4 / 3), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8,
-               "flip": 0.5, "grayscale": 0.2, "blur": 0, "solarize": 0, "noise": 0},
-    "weak": {"padding": 4, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.1,
-             "flip": 0.5, "grayscale": 0.1, "blur": 0, "solarize": 0, "noise": 0.03},
+    "strong": {
+        "scale": (0.08, 1), "ratio": (3 / 4, 4 / 3),
+        "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8,
+        "flip": 0.5, "grayscale": 0.2, "blur": 0, "solarize": 0, "noise": 0,
+    },
+    "weak": {
+        "padding": 4,
+        "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.1,
+        "flip": 0.5, "grayscale": 0.1, "blur": 0, "solarize": 0, "noise": 0.03,
+    },
 }  # fmt: skip
-# A mirrored digit is another sign. A crop of a twelfth of the image seldom holds the shape.
+
+# What a data set needs of every view: a mirrored digit is another sign, and a crop of a twelfth of
+# the image seldom holds the shape. These settings come last, so they also replace what a script's
+# VIEWS say: on shapes the crop of SwAV, DINO, SimSiam and W-MSE is this one, too.
 DATASET_AUGMENT = {"svhn": {"flip": 0}, "shapes": {"scale": (0.3, 1)}}
+
+# The parameter "order" of an augmentation is a permutation of the places in this tuple.
+COLOR_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+
+
+def view_settings(args, changes):
+    """The settings of one view: those of `--augment`, then `changes`, then the data set's.
+
+    `changes` is the view's entry in a script's VIEWS. With `--augment weak` it is ignored.
+    """
+    settings = dict(AUGMENT[args.augment])
+    if args.augment == "strong":
+        settings |= changes
+    settings |= DATASET_AUGMENT.get(args.dataset, {})
+    return settings
 
 
 def draw_augmentation(n, settings, size, draw, source=None, rows=slice(None)):
-    """Random parameters for `n` augmentations of images of source × source pixels to size × size, as a dict of CPU
-    tensors with n rows: crop (top, left, height, width), flip, grayscale, solarize (yes, no), brightness, contrast,
-    saturation (factors), hue (turns), sigma of the blur (pixels, 0: none), noise (n, 3, size, size). `order`, in which
-    the four color operations come, is one list for all. `rows` cuts a part out of what is drawn."""
+    """Random parameters for `n` augmentations of images (source, source) to (size, size).
+
+    They are a dict of CPU tensors with n rows: "crop" (top, left, height, width), "flip",
+    "grayscale" and "solarize" (yes or no), "brightness", "contrast" and "saturation" (factors),
+    "hue" (turns), "sigma" of the blur (pixels, 0: none), "noise" (n, 3, size, size). What is off
+    in the settings may be missing. "order", the order of the four color operations, is one list
+    for all images. `source` None is `size`. `rows` selects the rows that are returned.
+    """
     source = source or size
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, n, generator=draw)
-
+    parameters = {}
     if "padding" in settings:
-        shift = (uniform(0, 2 * settings["padding"] + 1, 2)).long() - settings["padding"]
-        crop = torch.stack([*shift, *torch.full((2, n), source)], 1)
+        parameters["crop"] = draw_shifts(n, settings["padding"], source, draw)
     else:
-        # Ten tries for each image. The first that fits is taken, else the whole image: torchvision's way.
-        area = uniform(*settings["scale"], 10) * source**2
-        ratio = uniform(*(math.log(r) for r in settings["ratio"]), 10).exp()
-        height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-        fits = (height <= source) & (width <= source) & (height > 0) & (width > 0)
-        tried = fits.int().argmax(0, keepdim=True)
-        height, width = (torch.where(fits.any(0), t.gather(0, tried)[0], source) for t in (height, width))
-        top, left = ((uniform(0, 1) * (source - t + 1)).floor() for t in (height, width))
-        crop = torch.stack([top, left, height, width], 1).long()
-    parameters = {"crop": crop, "flip": uniform(0, 1) < settings["flip"]}
-    chosen = uniform(0, 1) < settings["jitter_p"]
-    for name, strength in zip(("brightness", "contrast", "saturation", "hue"), settings["jitter"], strict=True):
+        parameters["crop"] = draw_crops(n, settings["scale"], settings["ratio"], source, draw)
+    parameters["flip"] = uniform(0, 1, n, draw) < settings["flip"]
+
+    jittered = uniform(0, 1, n, draw) < settings["jitter_p"]
+    for name, strength in zip(COLOR_OPERATIONS, settings["jitter"], strict=True):
         neutral = 0.0 if name == "hue" else 1.0
-        parameters[name] = torch.where(chosen, neutral + uniform(-strength, strength), neutral)
-    order = torch.randperm(4, generator=draw).tolist()
-    parameters["grayscale"] = uniform(0, 1) < settings["grayscale"]
+        changed = neutral + uniform(-strength, strength, n, draw)
+        parameters[name] = torch.where(jittered, changed, neutral)
+    order = torch.randperm(len(COLOR_OPERATIONS), generator=draw).tolist()
+
+    parameters["grayscale"] = uniform(0, 1, n, draw) < settings["grayscale"]
     if settings["blur"] and size >= 64:
-        parameters["sigma"] = torch.where(uniform(0, 1) < settings["blur"], uniform(0.1, 2), 0)
+        blurred = uniform(0, 1, n, draw) < settings["blur"]
+        parameters["sigma"] = torch.where(blurred, uniform(0.1, 2, n, draw), 0)
     if settings["solarize"]:
-        parameters["solarize"] = uniform(0, 1) < settings["solarize"]
+        parameters["solarize"] = uniform(0, 1, n, draw) < settings["solarize"]
     if settings["noise"]:
-        parameters["noise"] = settings["noise"] * torch.randn(n, 3, size, size, generator=draw)
-    return {name: values[rows] for name, values in parameters.items()} | {"order": order}
+        noise = torch.randn(n, 3, size, size, generator=draw)
+        parameters["noise"] = settings["noise"] * noise
+
+    parameters = {name: values[rows] for name, values in parameters.items()}
+    parameters["order"] = order
+    return parameters
+
+
+def draw_shifts(n, padding, source, draw):
+    """Crops (n, 4) as large as the image, shifted by up to `padding` pixels along each side."""
+    top, left = uniform(0, 2 * padding + 1, (2, n), draw).long() - padding
+    side = torch.full((n,), source)
+    return torch.stack([top, left, side, side], 1)
+
+
+def draw_crops(n, scale, ratio, source, draw):
+    """Random crops (n, 4) within the image: top, left, height, width.
+
+    Ten are tried for each image. The first that fits is taken, or else the whole image, which is
+    torchvision's way, too.
+    """
+    area = uniform(scale[0], scale[1], (10, n), draw) * source**2
+    log_ratio = uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n), draw)
+    ratio = log_ratio.exp()
+    height = (area / ratio).sqrt().round()
+    width = (area * ratio).sqrt().round()
+    fits = (height <= source) & (width <= source) & (height > 0) & (width > 0)
+    some_fit = fits.any(0)
+    first_fit = fits.int().argmax(0, keepdim=True)
+    height = torch.where(some_fit, height.gather(0, first_fit)[0], source)
+    width = torch.where(some_fit, width.gather(0, first_fit)[0], source)
+    top = (uniform(0, 1, n, draw) * (source - height + 1)).floor()
+    left = (uniform(0, 1, n, draw) * (source - width + 1)).floor()
+    return torch.stack([top, left, height, width], 1).long()
 
 
 def augment(images, parameters, mean, std, size=None):
-    """uint8 images (n, 3, source, source) as augmented and standardised float32 ones (n, 3, size, size), each image
-    with its own parameters. `size` None leaves the size as it is.
+    """Augments and standardises each image with its own parameters.
 
-    Each result is what torchvision's functional resized_crop, horizontal_flip, adjust_*, rgb_to_grayscale,
-    gaussian_blur, solarize and normalize give. Beyond its border, a crop sees the image reflected.
+    From uint8 (n, 3, source, source) to float32 (n, 3, size, size). `size` None leaves the size as
+    it is. Each result is what torchvision's functional resized_crop, horizontal_flip, adjust_*,
+    rgb_to_grayscale, gaussian_blur, solarize and normalize give. Beyond its border, a crop sees the
+    image reflected.
     """
-    order, source = parameters["order"], images.shape[-1]
-    parameters = {k: v.to(images.device, non_blocking=True) for k, v in parameters.items() if k != "order"}
-    top, left, height, width = parameters["crop"].unbind(1)
-    matrix = functools.partial(resize_matrix, source=source, size=size or source)
-    rows, columns = matrix(top, height), matrix(left, width)
-    columns = torch.where(parameters["flip"].view(-1, 1, 1), columns.flip(1), columns)
+    source = images.shape[-1]
+    size = size or source
+    on_device = {}
+    for name, values in parameters.items():
+        if name != "order":
+            on_device[name] = values.to(images.device, non_blocking=True)
+
+    # Crop, resize and flip are linear: output = rows @ input @ columns.T.
+    top, left, height, width = on_device["crop"].unbind(1)
+    rows = resize_matrix(top, height, source, size)
+    columns = resize_matrix(left, width, source, size)
+    columns = torch.where(on_device["flip"].view(-1, 1, 1), columns.flip(1), columns)
     x = rows.unsqueeze(1) @ (images / 255) @ columns.unsqueeze(1).mT
-    factors = {k: parameters[k].view(-1, 1, 1, 1) for k in ("brightness", "contrast", "saturation", "hue")}
-    for op in order:
-        if op == 0:
-            x = (x * factors["brightness"]).clamp(0, 1)
-        elif op == 1:
+
+    for place in parameters["order"]:
+        operation = COLOR_OPERATIONS[place]
+        strength = on_device[operation].view(-1, 1, 1, 1)
+        if operation == "brightness":
+            x = (x * strength).clamp(0, 1)
+        elif operation == "contrast":
             middle = grayscale(x).mean(dim=(1, 2, 3), keepdim=True)
-            x = (middle + (x - middle) * factors["contrast"]).clamp(0, 1)
-        elif op == 2:
+            x = (middle + (x - middle) * strength).clamp(0, 1)
+        elif operation == "saturation":
             gray = grayscale(x)
-            x = (gray + (x - gray) * factors["saturation"]).clamp(0, 1)
+            x = (gray + (x - gray) * strength).clamp(0, 1)
         else:
-            x = shift_hue(x, factors["hue"])
-    x = torch.where(parameters["grayscale"].view(-1, 1, 1, 1), grayscale(x), x)
-    if "sigma" in parameters:
-        x = blur(x, parameters["sigma"])
-    if "solarize" in parameters:
-        x = torch.where(parameters["solarize"].view(-1, 1, 1, 1) & (x >= 0.5), 1 - x, x)
+            x = shift_hue(x, strength)
+
+    x = torch.where(on_device["grayscale"].view(-1, 1, 1, 1), grayscale(x), x)
+    if "sigma" in on_device:
+        x = blur(x, on_device["sigma"])
+    if "solarize" in on_device:
+        inverted = on_device["solarize"].view(-1, 1, 1, 1) & (x >= 0.5)
+        x = torch.where(inverted, 1 - x, x)
     x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    x = x + parameters["noise"] if "noise" in parameters else x
+    if "noise" in on_device:
+        x = x + on_device["noise"]
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def resize_matrix(start, length, source, size):
-    """Matrices (n, size, source) that resize a crop of `length` pixels from `start` on: output = matrix @ input."""
-    out = torch.arange(size, device=start.device).view(1, -1, 1)
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
-    at = start + ((out + 0.5) * length / size - 0.5).clamp_min(0).minimum(length - 1)
-    at = source - 1 - (source - 1 - at.abs()).abs()  # the image is reflected at its border
-    return (1 - (torch.arange(source, device=start.device) - at).abs()).clamp_min(0)
+    """Matrices (n, size, source) that resize crops of `length` pixels, which begin at `start`.
+
+    start, length: (n,). Columns of an image become those of its resized crop by matrix @ column.
+    """
+    start = start.view(-1, 1, 1)
+    length = length.view(-1, 1, 1)
+    # Where in the source the middle of each output pixel lies.
+    output = torch.arange(size, device=start.device).view(1, -1, 1)
+    inside = ((output + 0.5) * length / size - 0.5).clamp_min(0).minimum(length - 1)
+    place = start + inside
+    # The image is reflected at its first and at its last pixel.
+    last = source - 1
+    place = place.abs()
+    place = last - (last - place).abs()
+    # Linear interpolation between the two nearest pixels.
+    distance = (torch.arange(source, device=start.device) - place).abs()
+    return (1 - distance).clamp_min(0)
 
 
 def grayscale(x):
     """Luminance (n, 1, H, W) of RGB images (n, 3, H, W)."""
     red, green, blue = x.split(1, dim=1)
+    # 0.2989 red + 0.587 green + 0.114 blue, in place, which saves memory.
     return (0.587 * green).add_(red, alpha=0.2989).add_(blue, alpha=0.114)
 
 
 def shift_hue(x, turns):
-    """Shifts the hue H of HSV by `turns`: channel = V - V S max(0, min(k, 4 - k, 1)), k = ((5, 3, 1) + 6 H) mod 6."""
-    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    chroma = value - low
+    """Adds `turns` to the hue of RGB images x (n, 3, H, W), as HSV defines hue.
+
+    A channel is V - V S max(0, min(k, 4 - k, 1)), where k = ((5, 3, 1) + 6 hue) mod 6 for red,
+    green and blue.
+    """
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)  # V S
     red, green, blue = x.split(1, dim=1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    not_red = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    sixth = torch.where(value == red, (green - blue) / safe, not_red)
-    k = torch.remainder(torch.arange(5, 0, -2, device=x.device).view(3, 1, 1) + sixth + 6 * turns, 6)
+    divisor = torch.where(chroma > 0, chroma, 1)  # gray has no hue
+    # Six times the hue.
+    if_red = (green - blue) / divisor
+    if_green = 2 + (blue - red) / divisor
+    if_blue = 4 + (red - green) / divisor
+    sixfold = torch.where(value == red, if_red, torch.where(value == green, if_green, if_blue))
+    five_three_one = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = torch.remainder(five_three_one + sixfold + 6 * turns, 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def blur(x, sigma):
-    """Gaussian blur by each image's own sigma (0: none), with a kernel of about a tenth of the image, as in SimCLR."""
+    """Gaussian blur of x (n, 3, H, W) by each image's own sigma (n,) in pixels, 0 for none.
+
+    The kernel is about a tenth of the image wide, as in SimCLR.
+    """
     n, _, height, width = x.shape
     half = max(1, height // 20)
     offset = torch.arange(-half, half + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-6).view(-1, 1)) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)
-    x = F.pad(x.reshape(1, n * 3, height, width), [half] * 4, mode="reflect")
+    sigma = sigma.clamp_min(1e-6).view(-1, 1)
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    kernel = kernel.repeat_interleave(3, 0)  # of each image's three channels
+    # Each channel of each image is a group of its own.
+    x = x.reshape(1, n * 3, height, width)
+    x = F.pad(x, [half, half, half, half], mode="reflect")
     x = F.conv2d(x, kernel.view(n * 3, 1, -1, 1), groups=n * 3)
-    return F.conv2d(x, kernel.view(n * 3, 1, 1, -1), groups=n * 3).view(n, 3, height, width)
+    x = F.conv2d(x, kernel.view(n * 3, 1, 1, -1), groups=n * 3)
+    return x.view(n, 3, height, width)
 
 
 # --- backbones
