@@ -776,63 +776,99 @@ def blur(x, sigma):
 def build_backbone(args):
     """The network `args.backbone` without a classifier: images to features (n, `num_features`).
 
-    ResNets and ViT are torchvision's, and load into its own networks by `load_state_dict` once the classifier there is
-    `nn.Identity()`. Images up to 64 pixels get the CIFAR stem (3 × 3, stride 1, no max-pool), or patches of 4 pixels.
+    ResNets and ViT are torchvision's. Their state loads into its own networks by `load_state_dict`
+    once the classifier there is `nn.Identity()`. Images of up to 64 pixels get the CIFAR stem (3 ×
+    3, stride 1, no max-pool), or patches of 4 pixels. The program ends with one line if the network
+    does not go with the data set, or with the width.
     """
     if (args.backbone == "mlp") != (args.dataset in TOYS):
-        fail(f"--dataset {args.dataset} does not go with --backbone {args.backbone}: blobs and moons need mlp")
+        fail(
+            f"--dataset {args.dataset} does not go with --backbone {args.backbone}: "
+            "blobs and moons need mlp"
+        )
     small = args.image_size <= 64
     if args.backbone == "mlp":
         width = args.width or 64
-        net = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        net = nn.Sequential(
+            nn.Linear(2, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+        )
         net.num_features = width
     elif args.backbone == "resnet8":
         net = ResNet8(args.width or 128)
     elif args.backbone == "vit_small":
-        patch, width = 4 if small else 16, args.width or 384
+        width = args.width or 384
+        patch = 4 if small else 16
         if args.image_size % patch or width % 64:
-            fail(f"vit_small needs an image size that is a multiple of {patch} and a width that is a multiple of 64")
-        net = torchvision.models.VisionTransformer(args.image_size, patch, 12, width // 64, width, 4 * width)
+            fail(
+                f"vit_small needs an image size that is a multiple of {patch} "
+                "and a width that is a multiple of 64"
+            )
+        net = torchvision.models.VisionTransformer(
+            image_size=args.image_size,
+            patch_size=patch,
+            num_layers=12,
+            num_heads=width // 64,
+            hidden_dim=width,
+            mlp_dim=4 * width,
+        )
         net.heads = nn.Identity()
         net.num_features = width
     else:
-        kinds, width = torchvision.models.resnet, args.width or 64
-        of = {"resnet18": (kinds.BasicBlock, [2, 2, 2, 2]), "resnet50": (kinds.Bottleneck, [3, 4, 6, 3])}
+        width = args.width or 64
         if width < 16:
-            # Then strided 1 × 1 convolutions give wrong gradients on CPUs: github.com/uxlfoundation/oneDNN/issues/6035
+            # Strided 1 × 1 convolutions then give wrong gradients on CPUs:
+            # github.com/uxlfoundation/oneDNN/issues/6035
             fail(f"{args.backbone} needs --width 16 or more, or --backbone resnet8")
-        net = ResNet(*of[args.backbone], width, small)
+        if args.backbone == "resnet18":
+            net = ResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], width, small)
+        else:
+            net = ResNet(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3], width, small)
     return net
 
 
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet with `width` channels in its first stage (64 as published), without a classifier."""
+    """torchvision's ResNet without a classifier, with `width` channels in its first stage.
+
+    As published the width is 64. `small` asks for the CIFAR stem.
+    """
 
     def __init__(self, block, layers, width, small):
-        self.width = width
+        self.width = width  # first, because the constructor calls `_make_layer`
         super().__init__(block, layers)
-        kernel, stride = (3, 1) if small else (7, 2)
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
-        self.maxpool = nn.Identity() if small else self.maxpool
+        if small:
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
         self.fc = nn.Identity()
         self.num_features = 8 * width * block.expansion
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        if planes == 64:
+        if planes == 64:  # the first stage, whose input comes from `conv1`
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
 class ResNet8(nn.Module):
-    """Eight 3 × 3 convolutions in four residual blocks without batch norm ("Collapse-Proof ...", 2025, Table 5). The
-    last activation is not in the table. The GAN discriminators that the network comes from have it."""
+    """Eight 3 × 3 convolutions in four residual blocks without batch norm.
+
+    "Collapse-Proof ..." (2025), Table 5. The last activation is not in the table. The GAN
+    discriminators that the network comes from have it.
+    """
 
     def __init__(self, width):
         super().__init__()
         self.num_features = width
-        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(8))
+        self.convs = nn.ModuleList()
+        self.convs.append(nn.Conv2d(3, width, 3, padding=1))
+        for _ in range(7):
+            self.convs.append(nn.Conv2d(width, width, 3, padding=1))
         self.shortcut = nn.Conv2d(3, width, 1)
         for conv in (*self.convs, self.shortcut):
             nn.init.kaiming_uniform_(conv.weight, a=0.2)
@@ -841,10 +877,19 @@ class ResNet8(nn.Module):
     def forward(self, x):
         act = functools.partial(F.leaky_relu, negative_slope=0.2)
         pool = functools.partial(F.avg_pool2d, kernel_size=2)
-        x = pool(self.convs[1](act(self.convs[0](x)))) + self.shortcut(pool(x))
-        x = pool(self.convs[3](act(self.convs[2](act(x))))) + pool(x)
-        x = self.convs[5](act(self.convs[4](act(x)))) + x
-        x = self.convs[7](act(self.convs[6](act(x)))) + x
+
+        residual = self.convs[1](act(self.convs[0](x)))
+        x = pool(residual) + self.shortcut(pool(x))
+
+        residual = self.convs[3](act(self.convs[2](act(x))))
+        x = pool(residual) + pool(x)
+
+        residual = self.convs[5](act(self.convs[4](act(x))))
+        x = residual + x
+
+        residual = self.convs[7](act(self.convs[6](act(x))))
+        x = residual + x
+
         return act(x).mean(dim=(2, 3))
 
 
@@ -857,110 +902,183 @@ def frozen_copy(model):
 
 
 def center_norm(z):
-    """Norm of the mean of the L2-normalised embeddings z (n, d), in [0, 1]: 1 is representation collapse. ("The Common
-    Stability Mechanism ...", Section 2, calls this mean the center vector.)"""
-    return F.normalize(z.detach().double(), dim=1).mean(0).norm().item()
+    """Norm of the mean of the L2-normalised embeddings z (n, d), in [0, 1].
+
+    1 is representation collapse. ("The Common Stability Mechanism ...", Section 2, calls this mean
+    the center vector.)
+    """
+    directions = F.normalize(z.detach().double(), dim=1)
+    center = directions.mean(0)
+    return center.norm().item()
 
 
 def centered(z):
-    """z (n, d) minus its mean, float64. A dimension that is constant up to float32's rounding becomes 0."""
+    """z (n, d) minus its mean, float64. A dimension constant up to float32's rounding becomes 0."""
     z = z.detach().double()
     offset = z - z.mean(0)
-    return offset * (offset.abs().amax(0) > 1e-6 * z.abs().max())
+    varies = offset.abs().amax(0) > 1e-6 * z.abs().max()
+    return offset * varies
 
 
 def covariance_spectrum(z):
-    """Eigenvalues of the covariance Σ_i (z_i - mean)(z_i - mean)ᵀ / n of z (n, d), largest first, float64: the
-    min(n - 1, d) that can differ from 0 ("Preventing Collapses ...", Section 4)."""
+    """Eigenvalues of the covariance Σ_i (z_i - mean)(z_i - mean)ᵀ / n of z (n, d), float64.
+
+    The min(n - 1, d) that can differ from 0, largest first ("Preventing Collapses ...", Section 4).
+    """
     z = centered(z)
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    return torch.linalg.eigvalsh(gram / len(z)).clamp_min(0).flip(0)[: max(1, min(len(z) - 1, z.shape[1]))]
+    n, d = z.shape
+    if n < d:
+        products = z @ z.T  # the smaller one of two matrices with the same eigenvalues but for 0
+    else:
+        products = z.T @ z
+    eigenvalues = torch.linalg.eigvalsh(products / n)
+    largest_first = eigenvalues.clamp_min(0).flip(0)
+    return largest_first[: max(1, min(n - 1, d))]
 
 
 def effective_rank(z):
-    """exp of the entropy of the normalised singular values of the centered embeddings z (n, d) (Roy and Vetterli,
-    2007): from 1 (one direction) to min(n - 1, d) (a flat spectrum), and 0 for a constant embedding."""
+    """exp of the entropy of the normalised singular values of the centered embeddings z (n, d).
+
+    From 1 (one direction) to min(n - 1, d) (a flat spectrum), and 0 for a constant embedding (Roy
+    and Vetterli, 2007).
+    """
     sigma = covariance_spectrum(z).sqrt()
-    return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.any() else 0.0
+    if not sigma.any():
+        return 0.0
+    shares = sigma / sigma.sum()
+    entropy = torch.special.entr(shares).sum()
+    return entropy.exp().item()
 
 
 def average_correlation(z):
-    """Mean absolute correlation of two dimensions of z (n, d), in [0, 1] ("Preventing Collapses ...", Section 5.1, with
-    absolute values). A constant dimension counts as correlated with every other: 1."""
+    """Mean absolute correlation of two dimensions of z (n, d), in [0, 1].
+
+    ("Preventing Collapses ...", Section 5.1, with absolute values.) A constant dimension counts as
+    correlated with every other: 1.
+    """
     z = F.normalize(centered(z), dim=0)
-    correlation, constant, d = (z.T @ z).abs(), ~z.any(0), z.shape[1]
-    correlation[constant] = correlation[:, constant] = 1
-    return (correlation.sum() - correlation.trace()).item() / max(1, d * (d - 1))
+    d = z.shape[1]
+    correlation = (z.T @ z).abs()
+    constant = ~z.any(0)
+    correlation[constant] = 1
+    correlation[:, constant] = 1
+    off_diagonal = correlation.sum() - correlation.trace()
+    return off_diagonal.item() / max(1, d * (d - 1))
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
-    """Accuracy of weighted k-nearest-neighbour classification of `queries` (m, d) by `bank` (n, d), labels integers.
+    """Accuracy of weighted k-nearest-neighbour classification of `queries` by `bank`, in [0, 1].
 
-    Each of the k neighbours by cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018).
+    queries (m, d), bank (n, d), labels integers (m,), bank_labels (n,). Each of the k neighbours by
+    cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018).
     """
-    classes, device, right = int(bank_labels.max()) + 1, queries.device, 0
-    for query, label in zip(queries.split(1024), labels.split(1024), strict=True):
-        query, best = F.normalize(query.float(), dim=1), []
-        for part, its_labels in zip(bank.split(2**14), bank_labels.split(2**14), strict=True):
-            part = F.normalize(part.to(device).float(), dim=1)
-            similarity, nearest = (query @ part.T).topk(min(k, len(part)), dim=1)
-            best.append((similarity, its_labels.to(device)[nearest]))
-        similarity, voters = (torch.cat(columns, 1) for columns in zip(*best, strict=True))
-        similarity, nearest = similarity.topk(min(k, len(bank)), dim=1)
+    classes = int(bank_labels.max()) + 1
+    right = 0
+    for query, truth in zip(queries.split(1024), labels.split(1024), strict=True):
+        similarity, neighbour_labels = nearest_neighbours(query, bank, bank_labels, k)
         # Relative to the nearest neighbour, so that a small temperature cannot overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(query), classes, device=device)
-        votes.scatter_add_(1, voters.gather(1, nearest), weight)
-        right += (votes.argmax(1) == label.to(device)).sum().item()
+        votes = torch.zeros(len(query), classes, device=query.device)
+        votes.scatter_add_(1, neighbour_labels, weight)
+        right += (votes.argmax(1) == truth.to(query.device)).sum().item()
     return right / len(queries)
 
 
+def nearest_neighbours(queries, bank, bank_labels, k):
+    """Cosine similarities and labels (m, k) of the k nearest rows of `bank`, nearest first.
+
+    The bank is walked over in blocks. Of each block the k nearest rows are kept.
+    """
+    queries = F.normalize(queries.float(), dim=1)
+    best_similarities = []
+    best_labels = []
+    for block, block_labels in zip(bank.split(2**14), bank_labels.split(2**14), strict=True):
+        block = F.normalize(block.to(queries.device).float(), dim=1)
+        block_labels = block_labels.to(queries.device)
+        similarity, nearest = (queries @ block.T).topk(min(k, len(block)), dim=1)
+        best_similarities.append(similarity)
+        best_labels.append(block_labels[nearest])
+    similarity, nearest = torch.cat(best_similarities, 1).topk(min(k, len(bank)), dim=1)
+    return similarity, torch.cat(best_labels, 1).gather(1, nearest)
+
+
 def normalised_entropy(scores):
-    """Entropy of softmax(scores (n, c)) over log c, in [0, 1]: 1 is uniform, the state at the start."""
-    return torch.special.entr(scores.softmax(1)).sum(1) / math.log(scores.shape[1])
+    """Entropies (n,) of softmax(scores) as shares of log c, in [0, 1], for scores (n, c).
+
+    1 is uniform, which is the state at the start.
+    """
+    entropy = torch.special.entr(scores.softmax(1)).sum(1)
+    return entropy / math.log(scores.shape[1])
 
 
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
-    """What a network makes of un-augmented images in eval mode and float32, as a dict of tensors with n rows: its
-    `features`; with `embeddings` also the `embedding`, which the loss acts on, and, for codes or prototypes, the
-    assigned `codes` and the `entropy` of the assignments over log c."""
-    training, out = model.training, {}
+    """What a network makes of images without augmentation, in eval mode and float32.
+
+    Returns a dict of tensors with n rows: "features" (n, num_features). With `embeddings` also
+    "embedding" (n, d), and, if the model has scores, the assigned "codes" (n,) and the "entropy"
+    (n,) of the assignments, as a share of log c.
+    """
+    training = model.training
     model.eval()
+    out = {}
     for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size]
-        part = {"features": model.backbone(data.normalise(batch))}
+        x = data.normalise(images[first : first + batch_size])
+        batch = {"features": model.backbone(x)}
         if embeddings:
-            part["embedding"] = model.head(part["features"])
-        if embeddings and hasattr(model, "scores"):
-            # With many codes a few rows at a time, so that no matrix of scores has more than 16 million entries.
-            c = model.scores(part["embedding"][:1]).shape[1]
-            scores = (model.scores(z) for z in part["embedding"].split(max(1, 2**24 // c)))
-            pairs = [(s.argmax(1), normalised_entropy(s / getattr(model, "temperature", 1))) for s in scores]
-            part["codes"], part["entropy"] = (torch.cat(columns) for columns in zip(*pairs, strict=True))
-        for name, rows in part.items():  # into one array, because joining parts would take the memory twice
+            z = model.head(batch["features"])
+            batch["embedding"] = z
+            if hasattr(model, "scores"):
+                batch["codes"], batch["entropy"] = assign_codes(model, z)
+        # Rows are written into one array, because joining batches would take the memory twice.
+        for name, rows in batch.items():
             if first == 0:
                 out[name] = rows.new_empty(len(images), *rows.shape[1:])
             out[name][first : first + batch_size] = rows
     model.train(training)
-    return {k: v.cpu() for k, v in out.items()} if data.mean.device.type == "mps" else out  # mps has no float64
+    if data.mean.device.type == "mps":  # has no float64, which the metrics need
+        out = {name: rows.cpu() for name, rows in out.items()}
+    return out
+
+
+def assign_codes(model, z):
+    """The code with the largest score for each embedding z (n, d), and `normalised_entropy`."""
+    # With many codes a few rows at a time: no matrix of scores has more than 16 million entries.
+    c = model.scores(z[:1]).shape[1]
+    temperature = getattr(model, "temperature", 1)
+    codes = []
+    entropies = []
+    for rows in z.split(max(1, 2**24 // c)):
+        scores = model.scores(rows)
+        codes.append(scores.argmax(1))
+        entropies.append(normalised_entropy(scores / temperature))
+    return torch.cat(codes), torch.cat(entropies)
 
 
 def evenly_spaced(images, limit):
-    """Indices of at most `limit` images at even distances, because a data set may be sorted by class."""
+    """Indices of at most `limit` images at even distances: a data set may be sorted by class."""
     n = len(images)
-    return torch.arange(min(limit, n), device=images.device) * n // min(limit, n)
+    count = min(limit, n)
+    return torch.arange(count, device=images.device) * n // count
 
 
 def collapse_metrics(model, data):
-    """The metrics shown while training, of up to 1000 un-augmented training images. They cost under 2 % of an epoch."""
-    some = evenly_spaced(data.images, min(1000, max(150, len(data.images) // 20)))
+    """The metrics shown while training, of up to 1000 training images without augmentation.
+
+    A dict of numbers: center_norm, effective_rank, correlation, and with codes used_codes and
+    assignment_entropy. They cost less than 2 % of an epoch.
+    """
+    count = min(1000, max(150, len(data.images) // 20))
+    some = evenly_spaced(data.images, count)
     out = extract(model, data.images[some], data)
     z = out["embedding"]
     if not z.isfinite().all():
-        return {"center_norm": math.nan}  # stops the run; eigenvalues of NaN would raise an exception first
-    metrics = {"center_norm": center_norm(z), "effective_rank": effective_rank(z)}
-    metrics["correlation"] = average_correlation(z)
+        return {"center_norm": math.nan}  # stops the run; eigenvalues of NaN would raise an error
+    metrics = {
+        "center_norm": center_norm(z),
+        "effective_rank": effective_rank(z),
+        "correlation": average_correlation(z),
+    }
     if "codes" in out:
         metrics["used_codes"] = len(torch.unique(out["codes"]))  # few of many: cluster collapse
         metrics["assignment_entropy"] = out["entropy"].mean().item()
@@ -969,10 +1087,11 @@ def collapse_metrics(model, data):
 
 def knn_monitor(model, data):
     """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images."""
-    some, others = evenly_spaced(data.images, 5000), evenly_spaced(data.test_images, 2000)
+    some = evenly_spaced(data.images, 5000)
+    some_tests = evenly_spaced(data.test_images, 2000)
     bank = extract(model, data.images[some], data, embeddings=False)["features"]
-    queries = extract(model, data.test_images[others], data, embeddings=False)["features"]
-    return knn_accuracy(bank, data.labels[some], queries, data.test_labels[others])
+    queries = extract(model, data.test_images[some_tests], data, embeddings=False)["features"]
+    return knn_accuracy(bank, data.labels[some], queries, data.test_labels[some_tests])
 
 
 # --- processes
