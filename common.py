@@ -1096,25 +1096,32 @@ def knn_monitor(model, data):
 
 # --- processes
 
-# Under torchrun every process runs the same script on its share of each batch. A loss is a function of the whole batch,
-# so `gather` brings the rows of all processes together, and every process computes the same loss of the same rows.
-# Backward, `gather` passes on the gradient of a process's own rows only. So each process gets the part of the
-# parameters' gradient that comes from its own images, and `sum_gradients` adds the parts up to the whole gradient.
-# What has parameters must therefore come before `gather`, where a row is counted once.
+# Under torchrun every process runs the same script on its share of each batch. A loss is a function
+# of the whole batch, so `gather` brings the rows of all processes together, and every process
+# computes the same loss of the same rows. Backward, `gather` passes on the gradient of a process's
+# own rows only. So each process gets the part of the parameters' gradient that comes from its own
+# images, and `sum_gradients` adds the parts up to the whole gradient. What has parameters must
+# therefore come before `gather`, where a row is counted once.
 
 
 def world_size():
+    """The number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextmanager
 def first_on_machine():
-    """Within this context the first process of each machine goes first, to write what the others then find."""
-    first = int(os.environ.get("LOCAL_RANK", rank())) == 0
+    """Lets the first process of each machine go first, to write what the others then find.
+
+    As a context it gives whether this process is that one. The others enter it when it has left.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
+    first = local_rank == 0
     if not first:
         dist.barrier()
     yield first
@@ -1123,7 +1130,11 @@ def first_on_machine():
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes. With `summed`, gradients that other processes have for one's rows are added."""
+    """The rows of all processes: from x (n / k, ...) to (n, ...).
+
+    Backward, a process gets the gradient of its own rows. If the processes compute different
+    things from the rows, `summed` adds up what all of them have as gradient for these rows.
+    """
 
     @staticmethod
     def forward(ctx, x, summed):
@@ -1137,23 +1148,32 @@ class Gather(torch.autograd.Function):
         if ctx.summed:
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()], None
+        own = grad.chunk(world_size())[rank()]
+        return own, None  # None: for `summed`
 
 
 def gather(*rows):
-    """Each tensor (n / k, ...) of the k processes as the whole batch (n, ...)."""
-    return [Gather.apply(x.contiguous(), False) for x in rows] if world_size() > 1 else rows
+    """Each tensor (n / k, ...) of the k processes as the whole batch (n, ...), in a tuple."""
+    if world_size() == 1:
+        return rows
+    return tuple(Gather.apply(x.contiguous(), False) for x in rows)
 
 
 def to_device(model, device, compile=False):
-    """Moves the model to the device, and compiles it. Under torchrun its batch norms use the batch of all processes."""
-    if world_size() > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world_size() > 1:
-        # SyncBatchNorm needs a GPU. Here each norm gets the whole batch, and a process keeps its rows of the result.
-        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            norm.register_forward_pre_hook(lambda m, x: Gather.apply(x[0].contiguous(), True) if m.training else x)
-            norm.register_forward_hook(lambda m, _, y: y.chunk(world_size())[rank()].clone() if m.training else y)
+    """Moves the model to the device, and compiles it, with its teacher, if `compile`.
+
+    With several processes its batch norms use the batch of all of them.
+    """
+    if world_size() > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:
+            # SyncBatchNorm needs a GPU. Here each norm gets the whole batch, and a process keeps
+            # its rows of the result.
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.register_forward_pre_hook(gather_input)
+                    module.register_forward_hook(keep_own_rows)
     if compile:
         model.compile()
         if hasattr(model, "teacher"):
@@ -1161,26 +1181,48 @@ def to_device(model, device, compile=False):
     return model.to(device, memory_format=torch.channels_last)
 
 
+def gather_input(norm, inputs):
+    """Before a batch norm, in training: its input becomes the whole batch."""
+    if not norm.training:
+        return inputs
+    (x,) = inputs
+    return Gather.apply(x.contiguous(), True)
+
+
+def keep_own_rows(norm, inputs, output):
+    """After a batch norm, in training: its output becomes this process's share of it."""
+    if not norm.training:
+        return output
+    return output.chunk(world_size())[rank()].clone()
+
+
 def sum_gradients(model):
-    """Adds up the gradients of all processes in one message. Without processes it does nothing."""
-    if world_size() > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+    """Adds up the gradients of all processes in one message. A single process does nothing."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    sums = flat.split([grad.numel() for grad in grads])
+    for grad, summed in zip(grads, sums, strict=True):
+        grad.copy_(summed.view_as(grad))
 
 
 # --- the flags
 
-# What a data set brings along where the command line says nothing else.
-DATASET_DEFAULTS = {name: {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16} for name in TOYS} | {
+# What a data set brings along where neither the command line nor the script's own table says more
+# (see `parse_args`).
+DATASET_DEFAULTS = {
+    "blobs": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
+    "moons": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
     "imagenet100": {"image_size": 224},
     "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 256},
 }
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line."""
+
     def error(self, message):
         fail(f"{message} (see --help)")
 
@@ -1189,11 +1231,23 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the docstring as it is written, and each flag's default in brackets."""
 
     def _get_help_string(self, action):
-        return action.help + ("" if action.default in (None, False, argparse.SUPPRESS) else " [%(default)s]")
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return action.help + " [%(default)s]"
 
 
-def bounded_float(least, most=math.inf, kind=float):
+def bounded_float(least, most=math.inf):
     """An argparse `type`: a finite number from `least` to `most`."""
+    return bounded(float, least, most)
+
+
+def bounded_int(least, most=math.inf):
+    """An argparse `type`: a whole number from `least` to `most`."""
+    return bounded(int, least, most)
+
+
+def bounded(kind, least, most):
+    """An argparse `type` that reads a number by `kind`, and refuses it if it is out of bounds."""
 
     def parse(text):
         value = kind(text)
@@ -1202,67 +1256,180 @@ def bounded_float(least, most=math.inf, kind=float):
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse calls a wrong value by it: "invalid int value: 'many'"
+    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'many'"
     return parse
 
 
-bounded_int = functools.partial(bounded_float, kind=int)
-
-
-# fmt: off
 def add_shared_flags(parser):
-    """The flags of all methods. Each script gives `optimizer`, `lr` and `weight_decay` its own defaults."""
-    flag = parser.add_argument
-    flag("--dataset", choices=DATASETS, default="cifar10", help="cifar10, cifar100, svhn: downloaded; imagenet100, "
-         "folder: your images; shapes, blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds")
-    flag("--data-dir", default="data", help="where images are or will be; a folder has train/<class>/*, val/<class>/*")
-    flag("--image-size", type=bounded_int(8), default=32, help="side in pixels")
-    flag("--backbone", choices=["resnet8", "resnet18", "resnet50", "vit_small", "mlp"], default="resnet18",
-         help="blobs and moons need mlp, all images one of the others")
-    flag("--width", type=bounded_int(1), help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]")
-    flag("--projector-dim", type=bounded_int(4), default=2048, help="width of the projector")
-    flag("--augment", choices=["strong", "weak"], default="strong", help="weak: small shifts, rare color jitter, noise")
-    flag("--epochs", type=bounded_int(1), default=200, help="passes over the data; with --resume, more prolong a run")
-    flag("--batch-size", type=bounded_int(2), default=256, help="images in a step, of all processes together")
-    flag("--optimizer", choices=["sgd", "adam", "lars"], help="sgd and lars have momentum 0.9")
-    flag("--lr", type=bounded_float(0), help="highest learning rate: a linear warm-up to it, then a half cosine to 0")
-    flag("--weight-decay", type=bounded_float(0), help="L2 penalty on weights, not on biases and norms")
-    flag("--warmup-epochs", type=bounded_float(0), help="epochs of warm-up [10, but at most a tenth of the epochs]")
-    flag("--seed", type=bounded_int(0), default=0, help="of the weights, the order and the augmentation")
-    flag("--device", choices=["cuda", "mps", "cpu"], help="[cuda if there is one, else mps, else cpu]")
-    flag("--precision", choices=["bf16", "fp32"], help="of the network, not the loss [bf16 on a GPU that has it, "
-         "else fp32, because bf16 is then slower]")
-    flag("--compile", action="store_true", help="compile the network with torch.compile: slow start, faster steps")
-    flag("--eval-every", type=bounded_int(1), default=10, help="epochs between measurements of kNN accuracy")
-    flag("--save-every", type=bounded_int(1), default=1, help="epochs between checkpoints")
-    flag("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
-    flag("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
-# fmt: on
+    """The flags of all methods.
+
+    `optimizer`, `lr` and `weight_decay` have no default here: each script gives them its own.
+    """
+    parser.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="cifar10",
+        help="cifar10, cifar100, svhn: downloaded; imagenet100, folder: your images; shapes, "
+        "blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds"
+    )
+    parser.add_argument(
+        "--data-dir",
+        default="data",
+        help="where images are or will be; a folder has train/<class>/*, val/<class>/*"
+    )
+    parser.add_argument("--image-size", type=bounded_int(8), default=32, help="side in pixels")
+    parser.add_argument(
+        "--backbone",
+        choices=["resnet8", "resnet18", "resnet50", "vit_small", "mlp"],
+        default="resnet18",
+        help="blobs and moons need mlp, all images one of the others"
+    )
+    parser.add_argument(
+        "--width",
+        type=bounded_int(1),
+        help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]"
+    )
+    parser.add_argument(
+        "--projector-dim",
+        type=bounded_int(4),
+        default=2048,
+        help="width of the projector"
+    )
+    parser.add_argument(
+        "--augment",
+        choices=["strong", "weak"],
+        default="strong",
+        help="weak: small shifts, rare color jitter, noise; it ignores a method's own changes "
+        "to the views"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=bounded_int(1),
+        default=200,
+        help="passes over the data; with --resume, more prolong a run"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=bounded_int(2),
+        default=256,
+        help="images in a step, of all processes together"
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=["sgd", "adam", "lars"],
+        help="sgd and lars have momentum 0.9"
+    )
+    parser.add_argument(
+        "--lr",
+        type=bounded_float(0),
+        help="highest learning rate: a linear warm-up to it, then a half cosine to 0"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=bounded_float(0),
+        help="L2 penalty on weights, not on biases and norms"
+    )
+    parser.add_argument(
+        "--warmup-epochs",
+        type=bounded_float(0),
+        help="epochs of warm-up [10, but at most a tenth of the epochs]"
+    )
+    parser.add_argument(
+        "--seed",
+        type=bounded_int(0),
+        default=0,
+        help="of the weights, the order and the augmentation"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "mps", "cpu"],
+        help="[cuda if there is one, else mps, else cpu]"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="of the network, not the loss [bf16 on a GPU that has it, else fp32, because bf16 is "
+        "then slower]"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the network with torch.compile: slow start, faster steps"
+    )
+    parser.add_argument(
+        "--eval-every",
+        type=bounded_int(1),
+        default=10,
+        help="epochs between measurements of kNN accuracy"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=bounded_int(1),
+        default=1,
+        help="epochs between checkpoints"
+    )
+    parser.add_argument("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run folder's checkpoint, if there is one"
+    )
 
 
-def parse_args(file, doc, add_flags, sizes):
-    """The checked flags of the script `file`, with its name as `method`: all methods' and those of `add_flags(parser)`.
-    `sizes` holds the method's values on small data sets, by name of the set, and those of `--paper`."""
+def parse_args(file, doc, add_flags, defaults):
+    """The flags of the script `file`, checked, with the script's name as `method`.
+
+    `doc` is its docstring, `add_flags(parser)` adds its own flags, and `defaults` is its table
+    DEFAULTS. The value of a flag is found in this order. Each step replaces what came before:
+
+    1. the flag's own default, in `add_shared_flags` or in the script's `add_flags`;
+    2. the script's recipe: `parser.set_defaults` in `add_flags`;
+    3. the data set's defaults: DATASET_DEFAULTS[dataset];
+    4. the script's defaults for the data set: DEFAULTS[dataset];
+    5. with --paper, the paper's settings: DEFAULTS["paper"];
+    6. the command line.
+
+    The flag --paper is there only if the script has DEFAULTS["paper"]. The program ends with one
+    line if a flag is unknown, out of bounds, or does not go with the others.
+    """
     parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
-    own, shared = parser.add_argument_group("flags of this method"), parser.add_argument_group("flags of all methods")
+    own = parser.add_argument_group("flags of this method")
+    shared = parser.add_argument_group("flags of all methods")
     add_shared_flags(shared)
     add_flags(own)
-    if "paper" in sizes:
-        own.add_argument("--paper", action="store_true", help="the paper's settings, for flags that are not given")
-    # The data set is read first, because it brings its sizes, which --help then shows.
+    if "paper" in defaults:
+        own.add_argument(
+            "--paper",
+            action="store_true",
+            help="the paper's settings, for flags that are not given"
+        )
+
+    # Two flags are read first, because they change the defaults, which --help then shows.
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset")
+    first.add_argument("--dataset", default=parser.get_default("dataset"))
     first.add_argument("--paper", action="store_true")
-    known = first.parse_known_args()[0]
-    for name in [known.dataset, *["paper"] * known.paper]:
-        parser.set_defaults(**DATASET_DEFAULTS.get(name, {}) | sizes.get(name, {}))
+    known, _ = first.parse_known_args()
+    parser.set_defaults(**DATASET_DEFAULTS.get(known.dataset, {}))
+    parser.set_defaults(**defaults.get(known.dataset, {}))
+    if known.paper:
+        parser.set_defaults(**defaults.get("paper", {}))
     args = parser.parse_args()
+
     args.method = Path(file).stem
     recipe = parser.get_default("optimizer")
-    if args.optimizer != recipe and not any(arg.split("=")[0] == "--lr" for arg in sys.argv):
-        fail(f"--optimizer {args.optimizer} needs its own --lr, because {args.lr:g} is meant for {recipe}")
-    if args.dataset in TOYS and any(getattr(args, x) != parser.get_default(x) for x in ("augment", "image_size")):
-        fail(f"--dataset {args.dataset} holds points: --augment and --image-size are for images")
+    lr_is_given = any(word.split("=")[0] == "--lr" for word in sys.argv)
+    if args.optimizer != recipe and not lr_is_given:
+        fail(
+            f"--optimizer {args.optimizer} needs its own --lr, "
+            f"because {args.lr:g} is meant for {recipe}"
+        )
+    if args.dataset in TOYS:
+        for name in ("augment", "image_size"):
+            if getattr(args, name) != parser.get_default(name):
+                fail(
+                    f"--dataset {args.dataset} holds points: "
+                    "--augment and --image-size are for images"
+                )
     if args.warmup_epochs is not None and args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     args.out = args.out or f"runs/{args.method}-{args.dataset}-seed{args.seed}"
