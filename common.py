@@ -1216,7 +1216,13 @@ DATASET_DEFAULTS = {
     "blobs": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
     "moons": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
     "imagenet100": {"image_size": 224},
-    "shapes": {"image_size": 16, "width": 16, "epochs": 20, "batch_size": 128, "projector_dim": 256},
+    "shapes": {
+        "image_size": 16,
+        "width": 16,
+        "epochs": 20,
+        "batch_size": 128,
+        "projector_dim": 256,
+    },
 }
 
 
@@ -1270,109 +1276,101 @@ def add_shared_flags(parser):
         choices=DATASETS,
         default="cifar10",
         help="cifar10, cifar100, svhn: downloaded; imagenet100, folder: your images; shapes, "
-        "blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds"
+        "blobs, moons: drawn here, and small. blobs, moons: points, a run takes seconds",
     )
     parser.add_argument(
         "--data-dir",
         default="data",
-        help="where images are or will be; a folder has train/<class>/*, val/<class>/*"
+        help="where images are or will be; a folder has train/<class>/*, val/<class>/*",
     )
     parser.add_argument("--image-size", type=bounded_int(8), default=32, help="side in pixels")
     parser.add_argument(
         "--backbone",
         choices=["resnet8", "resnet18", "resnet50", "vit_small", "mlp"],
         default="resnet18",
-        help="blobs and moons need mlp, all images one of the others"
+        help="blobs and moons need mlp, all images one of the others",
     )
     parser.add_argument(
         "--width",
         type=bounded_int(1),
-        help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]"
+        help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]",
     )
     parser.add_argument(
-        "--projector-dim",
-        type=bounded_int(4),
-        default=2048,
-        help="width of the projector"
+        "--projector-dim", type=bounded_int(4), default=2048, help="width of the projector"
     )
     parser.add_argument(
         "--augment",
         choices=["strong", "weak"],
         default="strong",
         help="weak: small shifts, rare color jitter, noise; it ignores a method's own changes "
-        "to the views"
+        "to the views",
     )
     parser.add_argument(
         "--epochs",
         type=bounded_int(1),
         default=200,
-        help="passes over the data; with --resume, more prolong a run"
+        help="passes over the data; with --resume, more prolong a run",
     )
     parser.add_argument(
         "--batch-size",
         type=bounded_int(2),
         default=256,
-        help="images in a step, of all processes together"
+        help="images in a step, of all processes together",
     )
     parser.add_argument(
-        "--optimizer",
-        choices=["sgd", "adam", "lars"],
-        help="sgd and lars have momentum 0.9"
+        "--optimizer", choices=["sgd", "adam", "lars"], help="sgd and lars have momentum 0.9"
     )
     parser.add_argument(
         "--lr",
         type=bounded_float(0),
-        help="highest learning rate: a linear warm-up to it, then a half cosine to 0"
+        help="highest learning rate: a linear warm-up to it, then a half cosine to 0",
     )
     parser.add_argument(
         "--weight-decay",
         type=bounded_float(0),
-        help="L2 penalty on weights, not on biases and norms"
+        help="L2 penalty on weights, not on biases and norms",
     )
     parser.add_argument(
         "--warmup-epochs",
         type=bounded_float(0),
-        help="epochs of warm-up [10, but at most a tenth of the epochs]"
+        help="epochs of warm-up [10, but at most a tenth of the epochs]",
     )
     parser.add_argument(
         "--seed",
         type=bounded_int(0),
         default=0,
-        help="of the weights, the order and the augmentation"
+        help="of the weights, the order and the augmentation",
     )
     parser.add_argument(
         "--device",
         choices=["cuda", "mps", "cpu"],
-        help="[cuda if there is one, else mps, else cpu]"
+        help="[cuda if there is one, else mps, else cpu]",
     )
     parser.add_argument(
         "--precision",
         choices=["bf16", "fp32"],
         help="of the network, not the loss [bf16 on a GPU that has it, else fp32, because bf16 is "
-        "then slower]"
+        "then slower]",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the network with torch.compile: slow start, faster steps"
+        help="compile the network with torch.compile: slow start, faster steps",
     )
     parser.add_argument(
         "--eval-every",
         type=bounded_int(1),
         default=10,
-        help="epochs between measurements of kNN accuracy"
+        help="epochs between measurements of kNN accuracy",
     )
     parser.add_argument(
-        "--save-every",
-        type=bounded_int(1),
-        default=1,
-        help="epochs between checkpoints"
+        "--save-every", type=bounded_int(1), default=1, help="epochs between checkpoints"
     )
     parser.add_argument("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run folder's checkpoint, if there is one"
+        help="go on from the run folder's checkpoint, if there is one",
     )
 
 
@@ -1401,7 +1399,7 @@ def parse_args(file, doc, add_flags, defaults):
         own.add_argument(
             "--paper",
             action="store_true",
-            help="the paper's settings, for flags that are not given"
+            help="the paper's settings, for flags that are not given",
         )
 
     # Two flags are read first, because they change the defaults, which --help then shows.
@@ -1440,69 +1438,124 @@ def parse_args(file, doc, add_flags, defaults):
 
 
 def find_device(name):
-    """The named torch device, or the best there is: cuda, then mps, then cpu."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(kind for kind in there if there[kind])
-    if not there[name]:
-        fail(f"--device {name} is not available here; use --device {next(kind for kind in there if there[kind])}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    """The torch device `name`, or, if it is None, the best there is: cuda, then mps, then cpu.
+
+    Under torchrun "cuda" is the process's own GPU. Ends the program with one line if the device is
+    not available.
+    """
+    available = []
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
+    best = available[0]
+    name = name or best
+    if name not in available:
+        fail(f"--device {name} is not available here; use --device {best}")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def has_bf16(device):
-    """Whether the device multiplies in bf16: NVIDIA GPUs of compute capability 8 and above, and AMD's."""
-    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8)
+    """Whether it multiplies in bf16: NVIDIA GPUs of compute capability 8 and above, and AMD's."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip:
+        return True
+    major, _ = torch.cuda.get_device_capability(device)
+    return major >= 8
 
 
 def set_up(args):
-    """Joins the other processes under torchrun, seeds torch, and returns the device."""
+    """Joins the other processes under torchrun, seeds torch, and returns the device.
+
+    Sets `args.precision` where it is not given. Ends the program with one line if the device is not
+    available, or the batch cannot be shared by the processes.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, exit_on_signal)
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for the losses' products, as for convolutions
-    args.precision = args.precision or ("bf16" if has_bf16(device) else "fp32")
+        torch.set_float32_matmul_precision("high")  # TF32 in losses, as in convolutions
+    if args.precision is None:
+        args.precision = "bf16" if has_bf16(device) else "fp32"
     if not torch.amp.is_autocast_available(device.type):
-        fail(f"torch {torch.__version__} is too old for --device {device.type}: use --device cpu or a newer torch")
+        fail(
+            f"torch {torch.__version__} is too old for --device {device.type}: "
+            "use --device cpu or a newer torch"
+        )
     if "RANK" in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
         # Two hours, because the others wait while the first process decodes or downloads.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     if args.batch_size % world_size():
-        fail(f"--batch-size {args.batch_size} cannot be shared by {world_size()} processes; choose a multiple")
+        fail(
+            f"--batch-size {args.batch_size} cannot be shared by {world_size()} processes; "
+            "choose a multiple"
+        )
     torch.manual_seed(args.seed)
     return device
 
 
-def build_optimizer(model, args):
-    """The optimizer `args.optimizer` over all parameters that learn, with weight decay on weights only.
+def exit_on_signal(number, frame):
+    """Until the run is open there is nothing to save."""
+    sys.exit(128 + number)
 
-    LARS (You, Gitman and Ginsburg, 2017) is SGD with the gradient g of each weight w, decay included, scaled by
-    0.001 |w| / |g|, as in the published Barlow Twins and VICReg runs.
+
+def build_optimizer(model, args):
+    """The optimizer `args.optimizer` over all parameters that learn, with decay of weights only.
+
+    Weights are the parameters with two or more dimensions. Biases and norms have one.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-
-    @torch.no_grad()
-    def scale(*_):
-        for w in (w for w in weights if w.grad is not None):
-            w.grad.add_(w, alpha=args.weight_decay)
-            ratio = 0.001 * w.norm() / w.grad.norm()
-            w.grad.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
-
-    lars, fused = args.optimizer == "lars", parameters[0].device.type == "cuda"
-    decay = 0.0 if lars else args.weight_decay
-    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    weights = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    weight_decay = args.weight_decay
+    if args.optimizer == "lars":
+        weight_decay = 0.0  # `lars_gradients` adds it
+    groups = [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type == "cuda"
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
-    if lars:
-        optimizer.register_step_pre_hook(scale)
+    if args.optimizer == "lars":
+
+        def before_step(optimizer, step_args, step_kwargs):
+            lars_gradients(weights, args.weight_decay)
+
+        optimizer.register_step_pre_hook(before_step)
     return optimizer
 
 
+@torch.no_grad()
+def lars_gradients(weights, weight_decay):
+    """Turns the gradients of SGD into those of LARS (You, Gitman and Ginsburg, 2017).
+
+    The gradient g of each weight w, decay included, is scaled by 0.001 |w| / |g|, as in the
+    published Barlow Twins and VICReg runs.
+    """
+    for w in weights:
+        if w.grad is None:
+            continue
+        w.grad.add_(w, alpha=weight_decay)
+        ratio = 0.001 * w.norm() / w.grad.norm()
+        usable = ratio.isfinite() & (ratio > 0)  # not so if w or g is 0
+        w.grad.mul_(torch.where(usable, ratio, 1.0))
+
+
 def atomic_write(path, write):
-    """Writes a file beside `path`, then renames it: a crash leaves the old file or the new one, never half of one."""
+    """Writes a file by `write(file)` beside `path`, then renames it.
+
+    A crash leaves the old file or the new one, never half of one. If the file cannot be written,
+    the program ends with one line.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1516,221 +1569,366 @@ def atomic_write(path, write):
 
 
 def load_checkpoint(path):
-    """The checkpoint at `path`, a file or a run folder, on the CPU. Ends the program with one line if there is none."""
+    """The checkpoint at `path`, a file or a run folder, on the CPU.
+
+    Ends the program with one line if there is none, or if it is damaged or something else.
+    """
     path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "last.pt"
     if not path.exists():
-        fail(f"no checkpoint at {str(path)!r}; training writes one to runs/<method>-<dataset>-seed<seed>/last.pt")
+        fail(
+            f"no checkpoint at {str(path)!r}; training writes one to "
+            "runs/<method>-<dataset>-seed<seed>/last.pt"
+        )
+    kinds = {
+        "method": str,
+        "epoch": int,
+        "step": int,
+        "args": dict,
+        "model": dict,
+        "backbone": dict,
+    }
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at checksums, and of entries marked as folders (16) it reads nothing.
-            if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
-                raise ValueError
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {"method": str, "args": dict, "epoch": int, "step": int, "model": dict, "backbone": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    except Exception as error:  # torch.load raises half a dozen kinds of exceptions on files that are damaged
-        fail(f"{str(path)!r} is damaged or not a checkpoint ({type(error).__name__}); train again or use a copy")
+    except Exception as error:  # torch.load raises half a dozen kinds of them on damaged files
+        why = type(error).__name__
+        fail(f"{str(path)!r} is damaged or not a checkpoint ({why}); train again or use a copy")
     if wrong:
-        fail(f"{str(path)!r} is not a checkpoint of these methods: its {wrong[0]!r} is missing or of a wrong kind")
+        fail(
+            f"{str(path)!r} is not a checkpoint of these methods: "
+            f"its {wrong[0]!r} is missing or of a wrong kind"
+        )
     return state
 
 
+def check_archive(path):
+    """Raises an error if a zip file is damaged in a way that torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise ValueError("a checksum is wrong")
+        for entry in archive.infolist():
+            if entry.external_attr & 16:
+                raise ValueError("an entry is marked as a folder, of which torch reads nothing")
+
+
 def open_run(args, model, optimizer, data):
-    """Goes on with the run in the folder `args.out`, or begins one there, and returns it."""
+    """Begins a run in the folder `args.out`, or goes on with the one there, and returns it.
+
+    Ends the program with one line if the folder cannot be written to, if another process trains
+    there, or if it holds a run that cannot or should not be continued.
+    """
     run = Run(args, model, optimizer, data)
     if rank() == 0:
         run.lock()
     if run.checkpoint.exists():
         if not args.resume:
-            fail(f"{args.out!r} already holds a run: add --resume to continue it, or choose another --out")
+            fail(
+                f"{args.out!r} already holds a run: "
+                "add --resume to continue it, or choose another --out"
+            )
         run.load()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
     if rank() == 0:
         run.begin_log()
-    run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=None if rank() == 0 else True)
+    hide_bar = None if rank() == 0 else True  # None: where the output is not a terminal
+    run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=hide_bar)
     return run
 
 
 class Run:
-    """A training run: its folder, log, checkpoint and progress bar. `step` counts the optimizer's steps.
+    """A training run: its schedules, folder, log, checkpoint and progress bar.
 
-    The folder holds log.jsonl (first line: command, flags, versions, device; then one line for each epoch) and last.pt.
-    Ctrl-C and SIGTERM save after the step in progress and exit. Without --resume a folder that holds a run is refused.
+    `step` counts the optimizer's steps. `end_step` adds 1 to it, at the end of each pass of the
+    loop. Until then `lr` and `cosine` read it as the number of steps done before the present one.
+
+    The folder holds log.jsonl (first line: command, flags, versions, device; then one line for each
+    epoch) and last.pt, the checkpoint. Ctrl-C and SIGTERM save after the step in progress and exit.
+    Without --resume a folder that holds a run is refused.
     """
 
-    MAY_CHANGE = {"data_dir", "epochs", "device", "precision", "compile", "eval_every", "save_every", "out", "resume"}
+    # The flags that may differ when a run is continued.
+    MAY_CHANGE = {
+        "data_dir", "epochs", "device", "precision", "compile",
+        "eval_every", "save_every", "out", "resume",
+    }  # fmt: skip
 
     def __init__(self, args, model, optimizer, data):
-        self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
+        self.args = args
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.checkpoint = Path(args.out, "last.pt")
+        self.log = Path(args.out, "log.jsonl")
+
         self.steps_per_epoch = len(data.labels) // args.batch_size
-        if not self.steps_per_epoch:
-            fail(f"--batch-size {args.batch_size} is larger than the training set of {len(data.labels)} images")
+        if self.steps_per_epoch == 0:
+            fail(
+                f"--batch-size {args.batch_size} is larger than "
+                f"the training set of {len(data.labels)} images"
+            )
         self.total_steps = args.epochs * self.steps_per_epoch
-        warmup = min(10, args.epochs / 10) if args.warmup_epochs is None else args.warmup_epochs
-        self.warmup = max(1, round(warmup * self.steps_per_epoch))  # in steps
-        self.step, self.sums, self.lines, self.stop_signal = 0, {}, [], 0
-        self.checkpoint, self.log = Path(args.out, "last.pt"), Path(args.out, "log.jsonl")
+        warmup_epochs = args.warmup_epochs
+        if warmup_epochs is None:
+            warmup_epochs = min(10, args.epochs / 10)
+        self.warmup_steps = max(1, round(warmup_epochs * self.steps_per_epoch))
+
+        self.step = 0
+        self.sums = {}  # of each loss term over the steps of the epoch
+        self.lines = []  # of the log
+        self.stop_signal = 0  # the number of a signal that has come
+        self.bar = None  # `open_run` makes it when `step` is known
 
     def cosine(self, start, end, after=0):
-        """A number that goes from `start` to `end` along a half cosine, between step `after` and the last."""
-        progress = max(0.0, (self.step - after) / max(1, self.total_steps - after))
+        """A number that goes from `start` at step `after` to `end` at the last, on a half cosine.
+
+        It stays at `start` before step `after`.
+        """
+        length = max(1, self.total_steps - after)
+        progress = max(0.0, (self.step - after) / length)
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
     def lr(self):
         """The learning rate of the next step: a linear warm-up, then a half cosine down to 0."""
-        return min(self.args.lr * ((self.step + 1) / self.warmup), self.cosine(self.args.lr, 0, after=self.warmup))
+        warmup = self.args.lr * ((self.step + 1) / self.warmup_steps)
+        return min(warmup, self.cosine(self.args.lr, 0, after=self.warmup_steps))
 
     def epochs(self):
-        """(epoch, first step) of the epochs still to do, counted from 0."""
+        """Yields (epoch, first step) of the epochs still to do, both counted from 0.
+
+        The first step is not 0 if the epoch was interrupted.
+        """
         for epoch in range(self.step // self.steps_per_epoch, self.args.epochs):
             self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
             self.model.train()
-            self.began, self.first = time.perf_counter(), self.step
+            self.epoch_start_time = time.perf_counter()
+            self.epoch_start_step = self.step
             yield epoch, self.step % self.steps_per_epoch
 
     def end_step(self, terms):
-        """Counts the step and adds up its loss terms. After Ctrl-C or SIGTERM, saves and exits."""
+        """Counts the step and adds up its loss terms, a dict of scalar tensors.
+
+        Stops the run if a mean is not finite. After Ctrl-C or SIGTERM, saves and exits.
+        """
         self.step += 1
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        steps = (self.step - 1) % self.steps_per_epoch + 1
-        if self.step % 10 == 0 or steps == self.steps_per_epoch:  # seldom, because reading waits for the device
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.means(steps).items()}, refresh=False)
-            self.check_finite(self.means(steps))
+        steps = (self.step - 1) % self.steps_per_epoch + 1  # of this epoch
+        epoch_ends = steps == self.steps_per_epoch
+        if self.step % 10 == 0 or epoch_ends:  # seldom, because reading waits for the device
+            means = self.means(steps)
+            shown = {name: f"{mean:.4g}" for name, mean in means.items()}
+            self.bar.set_postfix(shown, refresh=False)
+            self.check_finite(means)
         self.bar.update()
-        self.seconds = time.perf_counter() - self.began
-        if steps < self.steps_per_epoch:  # at the end of an epoch `end_epoch` stops, after its metrics
+        self.epoch_seconds = time.perf_counter() - self.epoch_start_time
+        if not epoch_ends:  # else `end_epoch` stops, after its metrics
             self.stop_if_told(ask=self.step % 10 == 0)
 
     def end_epoch(self, epoch, metrics):
-        """Writes the epoch's line to the log and the screen, and the checkpoint. Stops like `end_step`."""
-        done, last = epoch + 1, epoch + 1 == self.args.epochs
-        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"]} | self.means(self.steps_per_epoch) | metrics
+        """Writes the epoch's line to the log and the screen, and the checkpoint.
+
+        Stops like `end_step`.
+        """
+        done = epoch + 1
+        is_last = done == self.args.epochs
+        line = {"epoch": done, "lr": self.optimizer.param_groups[0]["lr"]}
+        line |= self.means(self.steps_per_epoch)
+        line |= metrics
         self.check_finite(line)
-        line["images_per_second"] = (self.step - self.first) * self.args.batch_size / self.seconds
+        images = (self.step - self.epoch_start_step) * self.args.batch_size
+        line["images_per_second"] = images / self.epoch_seconds
         if rank() == 0:
-            if done % self.args.eval_every == 0 or last:
+            if done % self.args.eval_every == 0 or is_last:
                 line["knn"] = knn_monitor(self.model, self.data)
-            self.write_log(line)
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("epoch", "lr", "images_per_second"))
-            tqdm.write(f"epoch {done}/{self.args.epochs}  {shown}")
+            self.lines.append(line)
+            self.write_log()
+            hidden = ("epoch", "lr", "images_per_second")
+            shown = [f"{name} {value:.4g}" for name, value in line.items() if name not in hidden]
+            tqdm.write(f"epoch {done}/{self.args.epochs}  {'  '.join(shown)}")
         self.sums = {}
-        if done % self.args.save_every == 0 or last:
+        if done % self.args.save_every == 0 or is_last:
             self.save()
-        if not last:
+        if not is_last:
             self.stop_if_told(ask=True)
 
     def finish(self):
         """Prints what the run has come to, and the next command."""
         self.bar.close()
         if rank() == 0:
-            before, after = self.lines[1], self.lines[-1]
+            untrained = self.lines[1]  # after the header
+            trained = self.lines[-1]
+            names = ["knn", "center_norm", "effective_rank", "correlation"]
+            names += ["used_codes", "assignment_entropy"]
             print()
-            for name in ("knn", "center_norm", "effective_rank", "correlation", "used_codes", "assignment_entropy"):
-                if name in after:
-                    print(f"{name:<18} {before[name]:<6.3g} untrained, {after[name]:.3g} trained")
+            for name in names:
+                if name in trained:
+                    before = f"{untrained[name]:.3g}"
+                    print(f"{name:<18} {before:<6} untrained, {trained[name]:.3g} trained")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def means(self, steps):
-        """Means of the loss terms over the epoch's first `steps`, of which some may lie before an interruption."""
+        """Means of the loss terms over the first `steps` of the epoch.
+
+        Some of these steps may have been done before an interruption.
+        """
         return {name: float(value) / steps for name, value in self.sums.items()}
 
     def check_finite(self, values):
-        """Stops the run if a value is infinite or NaN. The last checkpoint stays."""
-        for name in (name for name, value in values.items() if not math.isfinite(value)):
-            kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else ""
+        """Stops the run if one of the values is infinite or NaN. The last checkpoint stays."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                continue
             epoch = (self.step - 1) // self.steps_per_epoch + 1
+            message = f"{self.args.method}: {name} is {value} in epoch {epoch}"
+            if self.checkpoint.exists():
+                message += f"; the last good checkpoint is {self.checkpoint}"
             self.bar.close()
-            print(f"{self.args.method}: {name} is {values[name]} in epoch {epoch}{kept}", file=sys.stderr)
+            print(message, file=sys.stderr)
             sys.exit(1)
 
     def on_signal(self, number, frame):
+        """Remembers the signal. `stop_if_told` then stops the run."""
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
     def stop_if_told(self, ask):
-        """Saves and exits if a signal has come. Several processes `ask` each other first, to stop at the same step."""
-        told = self.stop_signal
+        """Saves and exits if a signal has come.
+
+        Several processes first ask each other, to stop at the same step. They do so only if all of
+        them call this with `ask`. A single process need not ask.
+        """
+        number = self.stop_signal
         if world_size() > 1:
             if not ask:
                 return
-            flag = torch.tensor(int(told), device=self.data.mean.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            told = flag.item()  # a signal that came meanwhile stays for the next time
-        if told:
-            self.check_finite(self.means(1))
-            self.save()
-            self.bar.close()
-            if rank() == 0:
-                print(f"\nstopped, saved {self.checkpoint}; the same command with --resume goes on")
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            sys.exit(128 + told)
+            largest = torch.tensor(int(number), device=self.data.mean.device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            number = largest.item()  # a signal that came meanwhile stays for the next time
+        if not number:
+            return
+        self.check_finite(self.means(1))  # the sums
+        self.save()
+        self.bar.close()
+        if rank() == 0:
+            print(f"\nstopped, saved {self.checkpoint}; the same command with --resume goes on")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + number)
 
     def lock(self):
         """Makes the run folder, and locks it as long as this process lives, however it ends."""
         folder = self.log.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)  # stays open, which keeps the lock
+            # The file is never closed, which keeps the lock.
+            file = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY)
         except OSError as error:
             fail(f"cannot write to the run folder {str(folder)!r}: {error.strerror}")
-        if fcntl:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                fail(f"another process trains in {str(folder)!r}: wait for it, or choose another --out")
-            except OSError:
-                pass  # a file system without locks
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            fail(f"another process trains in {str(folder)!r}: wait for it, or choose another --out")
+        except OSError:
+            pass  # a file system without locks
 
     def begin_log(self):
-        """Writes the log up to where the run stands: for a new run its header and the untrained network's metrics."""
+        """Writes the log up to where the run stands.
+
+        For a new run that is the header and the metrics of the untrained network.
+        """
         if not self.lines:
-            versions = {"python": platform.python_version()}
-            versions |= {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
-            device = torch.cuda.get_device_name() if self.data.mean.is_cuda else self.data.mean.device.type
-            about = {"args": vars(self.args), "versions": versions, "device": device, "processes": world_size()}
-            untrained = {"knn": knn_monitor(self.model, self.data)} | collapse_metrics(self.model, self.data)
-            self.lines = [{"argv": sys.argv} | about, {"epoch": 0} | untrained]
+            if self.data.mean.is_cuda:
+                device = torch.cuda.get_device_name()
+            else:
+                device = self.data.mean.device.type
+            header = {
+                "argv": sys.argv,
+                "args": vars(self.args),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": str(torch.__version__),
+                    "torchvision": str(torchvision.__version__),
+                    "numpy": str(np.__version__),
+                },
+                "device": device,
+                "processes": world_size(),
+            }
+            untrained = {"epoch": 0, "knn": knn_monitor(self.model, self.data)}
+            untrained |= collapse_metrics(self.model, self.data)
+            self.lines = [header, untrained]
         self.write_log()
 
-    def write_log(self, *new):
-        self.lines += new
-        atomic_write(self.log, lambda file: file.writelines(json.dumps(x).encode() + b"\n" for x in self.lines))
+    def write_log(self):
+        """Writes all lines again, so that the log never has more than the run has done."""
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+
+        def write(file):
+            file.write(text.encode())
+
+        atomic_write(self.log, write)
 
     def save(self):
         """Writes the checkpoint: tensors, numbers and strings only."""
         if rank() == 0:
             state = {
-                "method": self.args.method, "args": vars(self.args), "lines": self.lines,
-                "epoch": self.step // self.steps_per_epoch, "step": self.step, "sums": self.sums,
-                "model": self.model.state_dict(), "backbone": self.model.backbone.state_dict(),
+                "method": self.args.method,
+                "args": vars(self.args),
+                "lines": self.lines,
+                "epoch": self.step // self.steps_per_epoch,
+                "step": self.step,
+                "sums": self.sums,
+                "model": self.model.state_dict(),
+                "backbone": self.model.backbone.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-            }  # fmt: skip
-            atomic_write(self.checkpoint, lambda file: torch.save(state, file))
+            }
+
+            def write(file):
+                torch.save(state, file)
+
+            atomic_write(self.checkpoint, write)
         if world_size() > 1:
-            dist.barrier()  # nobody leaves before the file is written, because torchrun would then end the writer
+            # Nobody leaves before the file is written, because torchrun would then end the writer.
+            dist.barrier()
 
     def load(self):
-        """Brings model, optimizer and step to where the checkpoint stands. Refuses another run's checkpoint."""
+        """Brings model, optimizer and step to where the checkpoint stands.
+
+        Refuses a checkpoint of another run.
+        """
         state = load_checkpoint(self.checkpoint)
-        now, then = vars(self.args), state["args"]
         if state["method"] != self.args.method:
-            fail(f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: choose another --out")
-        for name in (name for name in now.keys() - self.MAY_CHANGE if now[name] != then.get(name)):
-            flag = f"--{name.replace('_', '-')} {then.get(name)}, not {now[name]}"
-            fail(f"{self.checkpoint} has {flag}: change it or choose another --out")
+            fail(
+                f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: "
+                "choose another --out"
+            )
+        for name, now in vars(self.args).items():
+            then = state["args"].get(name)
+            if name not in self.MAY_CHANGE and now != then:
+                flag = f"--{name.replace('_', '-')}"
+                fail(
+                    f"{self.checkpoint} has {flag} {then}, not {now}: "
+                    "change it or choose another --out"
+                )
         if state["step"] > self.total_steps:
-            fail(f"{self.checkpoint} has done {state['epoch']} epochs already, more than --epochs {self.args.epochs}")
+            fail(
+                f"{self.checkpoint} has done {state['epoch']} epochs already, "
+                f"more than --epochs {self.args.epochs}"
+            )
+        device = self.data.mean.device
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.lines = state["step"], [dict(line) for line in state["lines"]]
-            self.sums = {k: v.to(self.data.mean.device) for k, v in state["sums"].items()}
-        except Exception as error:  # whatever a file raises that holds other things than `save` writes
+            self.step = state["step"]
+            self.lines = [dict(line) for line in state["lines"]]
+            self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        except Exception as error:  # of any kind, if the file holds other things than `save` writes
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             fail(f"{self.checkpoint} does not fit this model ({why})")
