@@ -34,7 +34,9 @@ def images(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for i in range(count):
                 shape = (40, 24, 3) if i == 0 else (16, 16) if i == 1 else (16, 16, 3)
-                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
+                    folder / f"{i}.png"
+                )
     return tmp_path / "images"
 
 
@@ -58,15 +60,20 @@ def test_folder_holds_the_files_pixels(images):
 
 
 def test_large_images_are_kept_larger_than_the_network_sees_them(images):
-    """256 pixels for 224: random crops are cut out of the larger image, and the middle is what evaluation sees."""
+    """256 pixels for 224: random crops are cut out of the larger image, and the middle is what
+    evaluation sees."""
     data = load(image_size=70)
     assert data.images.shape == (12, 3, 80, 80)
     x = data.normalise(data.images)
     assert x.shape == (12, 3, 70, 70)
     expected = (data.images[3, 1, 5:75, 5:75] / 255 - data.mean[1]) / data.std[1]
     torch.testing.assert_close(x[3, 1], expected)
-    args = argparse.Namespace(dataset="folder", image_size=70, batch_size=4, seed=0, augment="strong")
-    assert [x.shape for x in next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))] == [(4, 3, 70, 70)] * 2
+    args = argparse.Namespace(
+        dataset="folder", image_size=70, batch_size=4, seed=0, augment="strong"
+    )
+    assert [x.shape for x in next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))] == [
+        (4, 3, 70, 70)
+    ] * 2
 
 
 def test_only_the_first_process_of_a_machine_looks_at_each_file(images, monkeypatch):
@@ -117,7 +124,10 @@ def test_two_runs_may_write_one_cache_at_the_same_time(images, tmp_path):
         pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "train" / "cat" / f"more{i}.png")
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=common.read_folder, args=(Path("images"), 16, "folder")) for _ in range(2)]
+    runs = [
+        fork.Process(target=common.read_folder, args=(Path("images"), 16, "folder"))
+        for _ in range(2)
+    ]
     for run in runs:
         run.start()
     for run in runs:
@@ -177,17 +187,24 @@ def test_imagenet100_takes_the_published_classes(images, capsys):
     assert len(data.images) == 100 and data.classes == sorted(common.IMAGENET100)
 
 
-@pytest.mark.parametrize("name, cls", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
+@pytest.mark.parametrize(
+    "name, cls", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")]
+)
 def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
-    """torchvision gives CIFAR as (N, H, W, 3) with `targets`, SVHN as (N, 3, H, W) with `labels`."""
+    """torchvision gives CIFAR as (N, H, W, 3) with `targets`, SVHN as (N, 3, H, W) with
+    `labels`."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 
     def fake(root, download, train=None, split=None):
         if name == "svhn":
             assert split in ("train", "test") and train is None
-            return types.SimpleNamespace(data=pixels.transpose(0, 3, 1, 2), labels=np.arange(20) % 10)
+            return types.SimpleNamespace(
+                data=pixels.transpose(0, 3, 1, 2), labels=np.arange(20) % 10
+            )
         assert split is None
-        return types.SimpleNamespace(data=pixels, targets=[i % 10 for i in range(20)], classes=list("abcdefghij"))
+        return types.SimpleNamespace(
+            data=pixels, targets=[i % 10 for i in range(20)], classes=list("abcdefghij")
+        )
 
     monkeypatch.setattr(torchvision.datasets, cls, fake)
     data = load(dataset=name, image_size=32)
@@ -196,13 +213,19 @@ def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
     assert load(dataset=name, image_size=16).images.shape == (20, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("svhn", "train_32x32.mat")])
+@pytest.mark.parametrize(
+    "name, file", [("cifar10", "cifar-10-python.tar.gz"), ("svhn", "train_32x32.mat")]
+)
 def test_no_connection_says_what_to_do(name, file, tmp_path, monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise URLError("no connection")
 
     monkeypatch.chdir(tmp_path)
-    for module in (torchvision.datasets.cifar, torchvision.datasets.svhn, torchvision.datasets.utils):
+    for module in (
+        torchvision.datasets.cifar,
+        torchvision.datasets.svhn,
+        torchvision.datasets.utils,
+    ):
         for function in ("download_and_extract_archive", "download_url"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, offline)
@@ -224,7 +247,9 @@ def test_shapes_cannot_be_told_by_pixels_or_brightness():
     """Neighbours by pixels or by histograms of gray find few classes."""
     data = load(dataset="shapes", image_size=16)
     pixels, tests = (images.flatten(1).float() for images in (data.images, data.test_images))
-    histograms, others = (torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests))
+    histograms, others = (
+        torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests)
+    )
     assert common.knn_accuracy(pixels, data.labels, tests, data.test_labels) < 0.3
     assert common.knn_accuracy(histograms, data.labels, others, data.test_labels) < 0.3
 
@@ -236,8 +261,15 @@ def test_a_network_that_is_told_the_labels_tells_the_shapes():
     images, tests = (x.float() / 255 - 0.4 for x in (data.images, data.test_images))
     layers = []
     for a, b in ((3, 16), (16, 32), (32, 64)):
-        layers += [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
-    net = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        layers += [
+            torch.nn.Conv2d(a, b, 3, padding=1),
+            torch.nn.BatchNorm2d(b),
+            torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2),
+        ]
+    net = torch.nn.Sequential(
+        *layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)
+    )
     batches = [rows for _ in range(6) for rows in torch.randperm(5000).split(128)]
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=len(batches))
