@@ -32,11 +32,10 @@ def images(tmp_path, monkeypatch):
         for name in ("cat", "dog"):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
-            for i in range(count):
-                shape = (40, 24, 3) if i == 0 else (16, 16) if i == 1 else (16, 16, 3)
-                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(
-                    folder / f"{i}.png"
-                )
+            shapes = [(40, 24, 3), (16, 16), *[(16, 16, 3)] * 4]
+            for i, shape in enumerate(shapes[:count]):
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
     return tmp_path / "images"
 
 
@@ -247,9 +246,8 @@ def test_shapes_cannot_be_told_by_pixels_or_brightness():
     """Neighbours by pixels or by histograms of gray find few classes."""
     data = load(dataset="shapes", image_size=16)
     pixels, tests = (images.flatten(1).float() for images in (data.images, data.test_images))
-    histograms, others = (
-        torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests)
-    )
+    histograms = torch.stack([x.histc(16, 0, 255) for x in pixels])
+    others = torch.stack([x.histc(16, 0, 255) for x in tests])
     assert common.knn_accuracy(pixels, data.labels, tests, data.test_labels) < 0.3
     assert common.knn_accuracy(histograms, data.labels, others, data.test_labels) < 0.3
 
@@ -294,8 +292,8 @@ def test_the_monitor_sees_all_classes():
 def test_toys_are_three_separable_classes(name):
     data = load(dataset=name)
     assert data.images.shape == (1500, 2) and torch.bincount(data.labels).tolist() == [500] * 3
-    accuracy = common.knn_accuracy(
-        torch.cat([data.images, torch.ones(1500, 1)], 1), data.labels,
-        torch.cat([data.test_images, torch.ones(600, 1)], 1), data.test_labels, k=5,
-    )  # fmt: skip
+    # Cosines of (x, y, 1) tell points in one direction apart.
+    points = torch.cat([data.images, torch.ones(1500, 1)], 1)
+    tests = torch.cat([data.test_images, torch.ones(600, 1)], 1)
+    accuracy = common.knn_accuracy(points, data.labels, tests, data.test_labels, k=5)
     assert accuracy > 0.95

@@ -176,9 +176,8 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     cplearn = torch.load(tmp_path / trained("cplearn") / "last.pt", weights_only=True)
     args = cplearn["args"] | {"c": 2, "projector_dim": 2**16}
     model = evaluate.load_method("cplearn").Model(argparse.Namespace(**args)).state_dict()
-    torch.save(
-        cplearn | {"args": args | {"c": 2**26}, "model": model}, tmp_path / "other.pt"
-    )  # 4 TB of codes
+    args["c"] = 2**26  # 4 TB of codes
+    torch.save(cplearn | {"args": args, "model": model}, tmp_path / "other.pt")
     assert "no memory for the network" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
 

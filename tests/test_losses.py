@@ -133,11 +133,9 @@ def test_defaults_of_loss_fn_are_those_of_the_flags(name, methods, tmp_path, mon
 
 
 def test_barlow_twins_of_identical_whitened_views_is_zero(methods):
-    z = torch.linalg.qr(torch.randn(64, 8, dtype=F64) - 0)[0]
-    z = (
-        torch.linalg.qr(z - z.mean(0))[0] * math.sqrt(64) * 1e3
-    )  # white, and large beside the batch norm's eps
-    z = z - z.mean(0)
+    z = torch.randn(64, 8, dtype=F64)
+    z = torch.linalg.qr(z - z.mean(0))[0]  # columns at right angles, of mean 0
+    z = 1e3 * math.sqrt(64) * z  # white, and large beside the batch norm's eps
     terms = methods["barlow_twins"].loss_fn(z, z)
     assert terms["loss"] < 1e-12
 

@@ -97,12 +97,10 @@ def test_knn_is_scikit_learns_weighted_vote():
     )
     judge.fit(bank.numpy(), bank_labels.numpy())  # a bank that is walked over in blocks
     expected = judge.score(queries.numpy(), labels.numpy())
-    assert common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature) == pytest.approx(
-        expected
-    )
-    assert (
-        0 <= common.knn_accuracy(bank[:3], bank_labels[:3], queries, labels) <= 1
-    )  # fewer images than neighbours
+    accuracy = common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature)
+    assert accuracy == pytest.approx(expected)
+    # Fewer images than neighbours.
+    assert 0 <= common.knn_accuracy(bank[:3], bank_labels[:3], queries, labels) <= 1
 
 
 def test_used_codes():
