@@ -229,13 +229,13 @@ def test_gedi_samples_have_the_variance_of_langevin_dynamics(methods):
     model = methods["gedi"].Model(parse(methods, "gedi", *TINY, "--generative-weight", "1"))
     model.log_density = lambda x: -5 * x.square().sum(1)
     before = model.samples.clone()
-    _, log_fake = model.log_densities(before[:500], 0)
+    _, log_fake = model.sampled_densities(before[:500], 0)
     moved = (model.samples != before).any(1)
     assert moved.sum() == 500 and model.training
     expected = model.log_density(model.samples[moved])
     torch.testing.assert_close(log_fake.sort()[0], expected.sort()[0])
     for step in range(1, 100):
-        model.log_densities(before[:2000], step)
+        model.sampled_densities(before[:2000], step)
     v, left = 0.01 / (1 - 0.95**2), 0.95**40  # what 20 steps leave of a difference to v
     excess = left * (1 - v) / 20 / (1 - left * 19 / 20)
     assert model.samples.var().item() == pytest.approx(v + excess, rel=0.02)
@@ -249,7 +249,7 @@ def test_gedi_chains_depend_on_their_seed_and_touch_no_other_random_numbers(meth
         model.samples.copy_(samples)
         torch.manual_seed(len(ends))  # must not matter
         state = torch.get_rng_state()
-        model.log_densities(images, seed)
+        model.sampled_densities(images, seed)
         assert torch.equal(torch.get_rng_state(), state)
         ends.append(model.samples.clone())
     assert torch.equal(ends[0], ends[1])
@@ -266,7 +266,7 @@ def test_gedi_chains_differ_between_seeds_and_steps(methods, run, monkeypatch):
         used.append(seed)
         return torch.zeros(len(x1)), torch.zeros(len(x1))
 
-    monkeypatch.setattr(methods["gedi"].Model, "log_densities", watch)
+    monkeypatch.setattr(methods["gedi"].Model, "sampled_densities", watch)
     for out, seed in (("a", "0"), ("b", "1"), ("c", "0")):
         flags = ["--generative-weight", "0.1", "--epochs", "2", "--seed", seed]
         main(methods, "gedi", *flags, "--out", out)
