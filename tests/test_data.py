@@ -67,12 +67,10 @@ def test_large_images_are_kept_larger_than_the_network_sees_them(images):
     assert x.shape == (12, 3, 70, 70)
     expected = (data.images[3, 1, 5:75, 5:75] / 255 - data.mean[1]) / data.std[1]
     torch.testing.assert_close(x[3, 1], expected)
-    args = argparse.Namespace(
-        dataset="folder", image_size=70, batch_size=4, seed=0, augment="strong"
-    )
-    assert [x.shape for x in next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))] == [
-        (4, 3, 70, 70)
-    ] * 2
+    args = argparse.Namespace(dataset="folder", image_size=70, batch_size=4)
+    args.seed, args.augment = 0, "strong"
+    x1, x2 = next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))
+    assert x1.shape == x2.shape == (4, 3, 70, 70)
 
 
 def test_only_the_first_process_of_a_machine_looks_at_each_file(images, monkeypatch):
@@ -123,10 +121,8 @@ def test_two_runs_may_write_one_cache_at_the_same_time(images, tmp_path):
         pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "train" / "cat" / f"more{i}.png")
     fork = multiprocessing.get_context("fork")
-    runs = [
-        fork.Process(target=common.read_folder, args=(Path("images"), 16, "folder"))
-        for _ in range(2)
-    ]
+    arguments = (Path("images"), 16, "folder")
+    runs = [fork.Process(target=common.read_folder, args=arguments) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
@@ -197,13 +193,11 @@ def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
     def fake(root, download, train=None, split=None):
         if name == "svhn":
             assert split in ("train", "test") and train is None
-            return types.SimpleNamespace(
-                data=pixels.transpose(0, 3, 1, 2), labels=np.arange(20) % 10
-            )
+            images = pixels.transpose(0, 3, 1, 2)
+            return types.SimpleNamespace(data=images, labels=np.arange(20) % 10)
         assert split is None
-        return types.SimpleNamespace(
-            data=pixels, targets=[i % 10 for i in range(20)], classes=list("abcdefghij")
-        )
+        targets = [i % 10 for i in range(20)]
+        return types.SimpleNamespace(data=pixels, targets=targets, classes=list("abcdefghij"))
 
     monkeypatch.setattr(torchvision.datasets, cls, fake)
     data = load(dataset=name, image_size=32)
@@ -220,11 +214,8 @@ def test_no_connection_says_what_to_do(name, file, tmp_path, monkeypatch, capsys
         raise URLError("no connection")
 
     monkeypatch.chdir(tmp_path)
-    for module in (
-        torchvision.datasets.cifar,
-        torchvision.datasets.svhn,
-        torchvision.datasets.utils,
-    ):
+    datasets = torchvision.datasets
+    for module in (datasets.cifar, datasets.svhn, datasets.utils):
         for function in ("download_and_extract_archive", "download_url"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, offline)
@@ -265,9 +256,8 @@ def test_a_network_that_is_told_the_labels_tells_the_shapes():
             torch.nn.ReLU(),
             torch.nn.MaxPool2d(2),
         ]
-    net = torch.nn.Sequential(
-        *layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)
-    )
+    layers += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)]
+    net = torch.nn.Sequential(*layers)
     batches = [rows for _ in range(6) for rows in torch.randperm(5000).split(128)]
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=len(batches))

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -30,18 +31,14 @@ def test_linear_probe_is_a_logistic_regression():
     rng = torch.Generator().manual_seed(0)
     centers = 0.8 * torch.randn(5, 20, generator=rng)
     labels, test_labels = (torch.randint(5, (n,), generator=rng) for n in (2000, 1000))
-    x, test_x = (
-        100 * (centers[y] + torch.randn(len(y), 20, generator=rng)) + 7
-        for y in (labels, test_labels)
-    )
+    x = 100 * (centers[labels] + torch.randn(2000, 20, generator=rng)) + 7
+    test_x = 100 * (centers[test_labels] + torch.randn(1000, 20, generator=rng)) + 7
     scaler = StandardScaler().fit(x.numpy())
-    judge = LogisticRegression(C=1e3, max_iter=1000).fit(
-        scaler.transform(x.numpy()), labels.numpy()
-    )
+    judge = LogisticRegression(C=1e3, max_iter=1000)
+    judge.fit(scaler.transform(x.numpy()), labels.numpy())
     expected = judge.score(scaler.transform(test_x.numpy()), test_labels.numpy())
-    assert evaluate.linear_probe(x, labels, test_x, test_labels) == pytest.approx(
-        expected, abs=0.02
-    )
+    accuracy = evaluate.linear_probe(x, labels, test_x, test_labels)
+    assert accuracy == pytest.approx(expected, abs=0.02)
 
 
 def test_probe_of_one_class_or_constant_features():
@@ -60,10 +57,8 @@ def test_kmeans_is_as_good_as_scikit_learns():
     )
 
     def inertia(assigned):
-        return sum(
-            (x[assigned == k] - x[assigned == k].mean(0)).square().sum().item()
-            for k in np.unique(assigned)
-        )
+        clusters = [x[assigned == k] for k in np.unique(assigned)]
+        return sum((z - z.mean(0)).square().sum().item() for z in clusters)
 
     judge = KMeans(8, n_init=10, random_state=0).fit(x.numpy())
     assigned, centers = evaluate.kmeans(x, 8)
@@ -116,9 +111,8 @@ def test_several_checkpoints_are_one_table(run, trained):
 
 def test_transfer_to_other_data(run, trained):
     folder = trained("barlow_twins")
-    (row,) = json.loads(
-        run("evaluate", folder, "--dataset", "moons", "--json", "--device", "cpu").out
-    )
+    result = run("evaluate", folder, "--dataset", "moons", "--json", "--device", "cpu")
+    (row,) = json.loads(result.out)
     assert row["dataset"] == "moons" and row["linear"] > 0.5
     assert "cannot read --dataset shapes" in run("evaluate", folder, "--dataset", "shapes").error
 
@@ -165,10 +159,9 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
         error = run("evaluate", "other.pt").error
         assert f"are not those of {state['method']}.py" in error and words in error
     for name in ("lr", "width"):
-        torch.save(
-            state | {"args": {k: v for k, v in state["args"].items() if k != name}},
-            tmp_path / "other.pt",
-        )
+        args = dict(state["args"])
+        del args[name]
+        torch.save(state | {"args": args}, tmp_path / "other.pt")
         assert f"lacks {name!r}" in run("evaluate", "other.pt").error
     for model in ({"x": 1}, {}, state["model"] | {"head.0.weight": "three"}):
         torch.save(state | {"model": model}, tmp_path / "other.pt")
@@ -207,10 +200,13 @@ def test_network_of_nan_is_one_line(run, one_run):
     state = torch.load(one_run / "last.pt", weights_only=True)
     state["model"]["head.0.weight"].fill_(torch.nan)
     torch.save(state, "nan.pt")
-    assert (
-        "'nan.pt' gives features that are not finite"
-        in run("evaluate", "nan.pt", "--device", "cpu").error
-    )
+    error = run("evaluate", "nan.pt", "--device", "cpu").error
+    assert "'nan.pt' gives features that are not finite" in error
+
+
+FOLDER = (
+    "--dataset folder --data-dir images --image-size 16 --backbone resnet8 --device cpu"
+).split()
 
 
 def draw_folder(counts, test_counts):
@@ -234,37 +230,12 @@ def no_constant(name):
 )
 def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
     draw_folder(counts, test_counts)
-    sizes = [
-        "--backbone",
-        "resnet8",
-        "--width",
-        4,
-        "--image-size",
-        16,
-        "--projector-dim",
-        8,
-        "--batch-size",
-        4,
-    ]
-    for method, own in (("cplearn", ["--c", 16]), ("vicreg", [])):
-        flags = [
-            "--dataset",
-            "folder",
-            "--data-dir",
-            "images",
-            *sizes,
-            *own,
-            "--epochs",
-            2,
-            "--device",
-            "cpu",
-        ]
-        assert run(method, *flags).code == 0
-    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0"]
-    assert run("evaluate", *runs, "--init", "--device", "cpu").code == 0
-    result = run(
-        "evaluate", *runs, "--init", "--json", "--save-features", "features", "--device", "cpu"
-    )
+    for method, own in (("cplearn", ["--c", "16"]), ("vicreg", [])):
+        sizes = ["--width", "4", "--projector-dim", "8", "--batch-size", "4", "--epochs", "2"]
+        assert run(method, *FOLDER, *sizes, *own).code == 0
+    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0", "--init", "--device", "cpu"]
+    assert run("evaluate", *runs).code == 0
+    result = run("evaluate", *runs, "--json", "--save-features", "features")
     rows = json.loads(result.out, parse_constant=no_constant)
     assert len(rows) == 4
     for row in rows:
@@ -285,19 +256,16 @@ def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
         if row["method"] == "cplearn":
             codes = saved["test_codes"]
         else:
-            codes = evaluate.kmeans(torch.from_numpy(saved["test_features"]), len(counts))[
-                0
-            ].numpy()
+            features = torch.from_numpy(saved["test_features"])
+            codes = evaluate.kmeans(features, len(counts))[0].numpy()
         assert row["nmi"] == pytest.approx(normalized_mutual_info_score(labels, codes))
         assert row["ami"] == pytest.approx(adjusted_mutual_info_score(labels, codes))
         assert 0 <= row["shuffled"] <= 1 and 1 <= row["used"] <= len(labels)
         assert row["rank"] == 0 if len(labels) == 1 else 1 <= row["rank"] <= min(8, len(labels) - 1)
         if len(counts) == 1:
             one_cluster = float(row["used"] == 1)
-            assert (
-                row["linear"] == row["knn"] == 1
-                and row["nmi"] == row["shuffled"] == row["ami"] == one_cluster
-            )
+            assert row["linear"] == row["knn"] == 1
+            assert row["nmi"] == row["shuffled"] == row["ami"] == one_cluster
 
 
 def test_saved_features_are_those_of_the_network(run, one_run):
@@ -305,35 +273,30 @@ def test_saved_features_are_those_of_the_network(run, one_run):
     codes."""
     flags = ["--init", "--json", "--save-features", "new/features", "--device", "cpu"]
     before, after = json.loads(run("evaluate", one_run, *flags).out)
-    names = [
-        f"new/features/cplearn-blobs-seed0-cplearn-blobs-{kind}.npz"
-        for kind in ("untrained", "trained")
-    ]
-    assert (
-        [before["saved"], after["saved"]]
-        == names
-        == sorted(map(str, Path("new/features").iterdir()))[::-1]
-    )
+    name = "new/features/cplearn-blobs-seed0-cplearn-blobs"
+    names = [f"{name}-untrained.npz", f"{name}-trained.npz"]
+    assert [before["saved"], after["saved"]] == names
+    assert {str(file) for file in Path("new/features").iterdir()} == {*names}
     saved = np.load(names[1])
     arrays = {"features", "embedding", "codes", "labels"}
-    assert set(saved) == {f"{split}_{name}" for split in ("train", "test") for name in arrays} | {
-        "checkpoint"
-    }
+    expected = {f"{split}_{name}" for split in ("train", "test") for name in arrays}
+    assert set(saved) == expected | {"checkpoint"}
     assert str(saved["checkpoint"]) == str(one_run)
 
     state = torch.load(one_run / "last.pt", weights_only=True)
     net = torch.nn.Sequential(
-        *(layer for i in range(3) for layer in (torch.nn.LazyLinear(64), torch.nn.ReLU()))
-    )[:-1]
-    net(torch.ones(1, 2))
+        torch.nn.Linear(2, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+    )
     net.load_state_dict(state["backbone"])
-    (points, labels), (test_points, test_labels) = (
-        common.draw_toy("blobs", n, s) for n, s in ((1500, 0), (600, 1))
-    )
+    points, labels = common.draw_toy("blobs", 1500, 0)
+    test_points, test_labels = common.draw_toy("blobs", 600, 1)
     head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)).eval()
-    head.load_state_dict(
-        {k.removeprefix("head."): v for k, v in state["model"].items() if k.startswith("head.")}
-    )
+    weights = {k: v for k, v in state["model"].items() if k.startswith("head.")}
+    head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items()})
     codes = evaluate.load_method("cplearn").draw_codes("rademacher", 16, 64, 0).float()
     for split, x, y in (("train", points, labels), ("test", test_points, test_labels)):
         with torch.no_grad():
@@ -345,16 +308,18 @@ def test_saved_features_are_those_of_the_network(run, one_run):
         assert saved[f"{split}_labels"].tolist() == y.tolist()
     assert not np.array_equal(saved["train_features"], np.load(names[0])["train_features"])
     names = ("train_features", "train_labels", "test_features", "test_labels")
-    assert (
-        evaluate.linear_probe(*(torch.from_numpy(saved[name]) for name in names)) == after["linear"]
-    )
+    arrays = [torch.from_numpy(saved[name]) for name in names]
+    assert evaluate.linear_probe(*arrays) == after["linear"]
 
 
 def test_each_image_is_seen_once(run, one_run, monkeypatch):
     seen, normalise = [], common.Data.normalise
-    monkeypatch.setattr(
-        common.Data, "normalise", lambda self, x: seen.append(len(x)) or normalise(self, x)
-    )
+
+    def watch(self, x):
+        seen.append(len(x))
+        return normalise(self, x)
+
+    monkeypatch.setattr(common.Data, "normalise", watch)
     assert run("evaluate", one_run, "--save-features", "f", "--device", "cpu").code == 0
     assert sum(seen) == 1500 + 600
 
@@ -363,33 +328,10 @@ def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch)
     """At most one test image of 90 is told otherwise, and the clusters' figures differ by less than
     0.02."""
     draw_folder([60, 60, 60], [30, 30, 30])
-    sizes = [
-        "--backbone",
-        "resnet8",
-        "--width",
-        8,
-        "--image-size",
-        16,
-        "--projector-dim",
-        16,
-        "--batch-size",
-        30,
-    ]
     runs = ["runs/cplearn-folder-seed0", "runs/simclr-folder-seed0"]
-    for method, own in (("cplearn", ["--c", 64]), ("simclr", [])):
-        flags = [
-            "--dataset",
-            "folder",
-            "--data-dir",
-            "images",
-            *sizes,
-            *own,
-            "--epochs",
-            3,
-            "--device",
-            "cpu",
-        ]
-        assert run(method, *flags).code == 0
+    for method, own in (("cplearn", ["--c", "64"]), ("simclr", [])):
+        sizes = ["--width", "8", "--projector-dim", "16", "--batch-size", "30", "--epochs", "3"]
+        assert run(method, *FOLDER, *sizes, *own).code == 0
 
     def figures(*flags):
         rows = json.loads(run("evaluate", *runs, "--json", "--device", "cpu", *flags).out)
@@ -398,24 +340,20 @@ def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch)
     def assert_close(others):
         for one, other in zip(first, others, strict=True):
             for name, value in one.items():
-                bound = {"linear": 1 / 90, "knn": 1 / 90, "rank": 1e-3 * one["rank"]}.get(
-                    name, 0.02
-                ) + 1e-6
+                bounds = {"linear": 1 / 90, "knn": 1 / 90, "rank": 1e-3 * one["rank"]}
+                bound = bounds.get(name, 0.02) + 1e-6
                 assert abs(value - other[name]) < bound, (name, value, other[name])
 
     first = figures()
     assert all(min(row["knn"], row["linear"]) > 0.4 for row in first)
-    for file in sorted(
-        Path("images").rglob("*.png"), reverse=True
-    ):  # the file system lists them in another order
+    # So that the file system lists them in another order.
+    for file in sorted(Path("images").rglob("*.png"), reverse=True):
         copy = Path("reversed", *file.parts[1:])
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     assert figures("--data-dir", "reversed") == first
     extract = common.extract
-    monkeypatch.setattr(
-        common, "extract", lambda *args, **flags: extract(*args, **flags, batch_size=7)
-    )
+    monkeypatch.setattr(common, "extract", partial(extract, batch_size=7))
     assert_close(figures())
 
     def rounded_otherwise(*args, **flags):
@@ -434,25 +372,17 @@ def test_saved_features_never_overwrite_one_another(run, one_run):
         shutil.copytree(one_run, Path(name, "run"))
     shutil.copy(one_run / "last.pt", "run.pt")
     checkpoints = ["a/run", "b/run/last.pt", "run.pt"]
-    rows = json.loads(
-        run("evaluate", *checkpoints, "--json", "--save-features", "f", "--device", "cpu").out
-    )
+    flags = ["--save-features", "f", "--device", "cpu"]
+    rows = json.loads(run("evaluate", *checkpoints, "--json", *flags).out)
     names = [f"f/run-cplearn-blobs-trained{number}.npz" for number in ("", "-2", "-3")]
     assert [row["saved"] for row in rows] == names
     assert [str(np.load(name)["checkpoint"]) for name in names] == checkpoints
     written = [Path(name).read_bytes() for name in names]
-    assert (
-        "'f/run-cplearn-blobs-trained.npz' exists already"
-        in run("evaluate", "b/run", "--save-features", "f").error
-    )
+    error = run("evaluate", "b/run", *flags).error
+    assert "'f/run-cplearn-blobs-trained.npz' exists already" in error
     assert [Path(name).read_bytes() for name in names] == written
     # Other data are another name.
-    assert (
-        run(
-            "evaluate", "b/run", "--dataset", "moons", "--save-features", "f", "--device", "cpu"
-        ).code
-        == 0
-    )
+    assert run("evaluate", "b/run", "--dataset", "moons", *flags).code == 0
     assert Path("f/run-cplearn-moons-trained.npz").exists()
 
 
@@ -470,6 +400,5 @@ def test_features_that_cannot_be_saved_are_refused_before_the_work(run, one_run,
     monkeypatch.setattr(common, "load_data", lambda *_: pytest.fail("the work began"))
     Path("file").touch()
     for folder in ("file", "file/below", "/proc"):  # in /proc nobody can write, not even root
-        assert (
-            f"cannot write to --save-features {folder!r}" in run("evaluate", *flags, folder).error
-        )
+        error = run("evaluate", *flags, folder).error
+        assert f"cannot write to --save-features {folder!r}" in error

@@ -22,10 +22,8 @@ def test_center_norm_closed_forms():
     # Two orthogonal directions in equal shares: the mean is (1/2, 1/2).
     assert common.center_norm(torch.eye(2).repeat(10, 1)) == pytest.approx(np.sqrt(0.5))
     # Independent directions: E ||mean||² = 1 / n.
-    norms = [
-        common.center_norm(torch.randn(100, 64, generator=common.generator(i))) ** 2
-        for i in range(50)
-    ]
+    clouds = [torch.randn(100, 64, generator=common.generator(i)) for i in range(50)]
+    norms = [common.center_norm(cloud) ** 2 for cloud in clouds]
     assert np.mean(norms) == pytest.approx(1 / 100, rel=0.1)
 
 
@@ -34,9 +32,8 @@ def test_effective_rank_closed_forms():
     q = torch.linalg.qr(q - q.mean(0))[0]
     assert common.effective_rank(q) == pytest.approx(9)
     assert common.effective_rank(5 + 1e-3 * q) == pytest.approx(9)
-    assert common.effective_rank(
-        q[:, :1] @ torch.randn(1, 30, dtype=torch.float64)
-    ) == pytest.approx(1, abs=1e-5)
+    line = q[:, :1] @ torch.randn(1, 30, dtype=torch.float64)
+    assert common.effective_rank(line) == pytest.approx(1, abs=1e-5)
     assert common.effective_rank(torch.full((10, 4), 0.1)) == 0
     sigma = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     p = (sigma / 8).numpy()
@@ -52,9 +49,8 @@ def test_effective_rank_is_that_of_numpys_singular_values(n, d):
 
 
 def test_average_correlation_is_numpys():
-    z = torch.randn(60, 7, generator=common.generator(0)) @ torch.randn(
-        7, 7, generator=common.generator(1)
-    )
+    z = torch.randn(60, 7, generator=common.generator(0))
+    z = z @ torch.randn(7, 7, generator=common.generator(1))
     corr = np.abs(np.corrcoef(z.double().numpy().T))
     assert common.average_correlation(z) == pytest.approx((corr.sum() - 7) / 42)
     column = torch.randn(60, 1)
@@ -87,14 +83,11 @@ def test_knn_is_scikit_learns_weighted_vote():
         )
         judge.fit(bank.numpy(), bank_labels.numpy())
         expected = judge.score(queries.numpy(), labels.numpy())
-        assert common.knn_accuracy(
-            bank, bank_labels, queries, labels, k, temperature
-        ) == pytest.approx(expected)
+        accuracy = common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature)
+        assert accuracy == pytest.approx(expected)
     assert common.knn_accuracy(bank, bank_labels, bank, bank_labels, k=1) == 1
-    bank, bank_labels = (
-        torch.randn(40_000, 8, generator=rng),
-        torch.randint(5, (40_000,), generator=rng),
-    )
+    bank = torch.randn(40_000, 8, generator=rng)
+    bank_labels = torch.randint(5, (40_000,), generator=rng)
     judge.fit(bank.numpy(), bank_labels.numpy())  # a bank that is walked over in blocks
     expected = judge.score(queries.numpy(), labels.numpy())
     accuracy = common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature)
@@ -110,10 +103,8 @@ def test_used_codes():
     model = torch.nn.Module()
     model.backbone = model.head = torch.nn.Identity()
     assert "used_codes" not in common.collapse_metrics(model, data)
-    model.scores, model.temperature = (
-        lambda z: 1.0 * torch.nn.functional.one_hot(z[:, 0].long(), 128),
-        0.2,
-    )
+    model.scores = lambda z: 1.0 * torch.nn.functional.one_hot(z[:, 0].long(), 128)
+    model.temperature = 0.2
     metrics = common.collapse_metrics(model, data)
     assert metrics["used_codes"] == 3
     total = math.exp(5) + 127  # of softmax: the code has exp(1 / 0.2), the others have 1
@@ -150,9 +141,8 @@ def test_power_law_of_a_constructed_spectrum(alpha):
     noisy = ranks**-alpha * torch.exp(0.1 * torch.randn(500, generator=common.generator(0)))
     assert analyze.power_law(noisy.sort(descending=True).values) == pytest.approx(alpha, abs=0.1)
     # Directions that are rounding alone do not tilt the line.
-    assert analyze.power_law(
-        torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])
-    ) == pytest.approx(alpha, abs=1e-9)
+    longer = torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])
+    assert analyze.power_law(longer) == pytest.approx(alpha, abs=1e-9)
     assert math.isnan(analyze.power_law(torch.tensor([1.0, 0, 0])))
 
 
@@ -176,10 +166,8 @@ def test_logdet_entropy_is_biased_as_it_says():
         0.5 * math.log(2 * math.pi * math.e / 12), abs=0.01
     )
     z, covariance = gaussian(60, 30)
-    assert (
-        analyze.logdet_entropy(z, floor=0)
-        < multivariate_normal(cov=covariance.numpy()).entropy() - 3
-    )
+    expected = multivariate_normal(cov=covariance.numpy()).entropy()
+    assert analyze.logdet_entropy(z, floor=0) < expected - 3
 
 
 def test_pairwise_entropy_closed_forms_and_bounds():

@@ -105,15 +105,19 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, capsys):
+
+    def write_bytes(file):
+        file.write(bytes(2000))
+
+    def write_tensor(file):
+        torch.save(torch.zeros(2000), file)
+
     path = tmp_path / "file"
     common.atomic_write(path, lambda file: file.write(b"old"))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        for write in (
-            lambda file: file.write(bytes(2000)),
-            lambda file: torch.save(torch.zeros(2000), file),
-        ):
+        for write in (write_bytes, write_tensor):
             with pytest.raises(SystemExit) as stop:
                 common.atomic_write(path, write)
             (line,) = capsys.readouterr().err.splitlines()
@@ -132,9 +136,8 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
     for flags in ([], ["--resume"]):
-        assert (
-            "another process trains in 'r'" in run("barlow_twins", *RUN, "--out", "r", *flags).error
-        )
+        error = run("barlow_twins", *RUN, "--out", "r", *flags).error
+        assert "another process trains in 'r'" in error
     process.kill()
     process.communicate(timeout=60)
     (tmp_path / "r" / "last.pt").unlink(missing_ok=True)
@@ -177,9 +180,8 @@ def test_optimizers_learn_and_resume(optimizer, run, tmp_path):
     lines = epoch_lines(tmp_path / "whole")
     assert lines[-1]["loss"] < lines[1]["loss"]
     state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    assert len(state["optimizer"]["state"]) == len(
-        state["optimizer"]["param_groups"][0]["params"]
-    ) + len(state["optimizer"]["param_groups"][1]["params"])
+    weights, others = state["optimizer"]["param_groups"]
+    assert len(state["optimizer"]["state"]) == len(weights["params"]) + len(others["params"])
 
 
 def test_lars_step_is_its_equation():
@@ -215,37 +217,31 @@ def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--nonsense"], "--nonsense"),
-        (["--lam", "1"], "--lam"),
-        (["--epochs", "many"], "--epochs"),
-        (["--epochs", "0"], "--epochs: must be at least 1, not 0"),
-        (["--batch-size", "1"], "--batch-size: must be at least 2, not 1"),
-        (["--projector-dim", "0"], "--projector-dim: must be at least 4, not 0"),
-        (["--batch-size", "1501"], "--batch-size 1501 is larger than the training set of 1500"),
-        (["--lr", "nan"], "--lr: must be at least 0, not nan"),
-        (["--lr", "inf"], "--lr: must be at least 0, not inf"),
-        (["--epochs", "2.5"], "--epochs: invalid int value: '2.5'"),
-        (["--dataset"], "--dataset: expected one argument"),
-        (["--seed", "-1"], "--seed"),
-        (["--warmup-epochs", "9"], "--warmup-epochs 9"),
-        (["--dataset", "imagenet"], "--dataset"),
-        (["--backbone", "resnet18"], "--backbone"),
-        (
-            ["--backbone", "resnet18", "--dataset", "folder", "--data-dir", "nowhere"],
-            "'nowhere/train'",
-        ),
-        (["--device", "cuda"], "--device"),
-        (["--optimizer", "adamw"], "adamw"),
-        (
-            ["--optimizer", "lars"],
-            "--optimizer lars needs its own --lr, because 0.001 is meant for adam",
-        ),
+        ("--nonsense", "--nonsense"),
+        ("--lam 1", "--lam"),
+        ("--epochs many", "--epochs"),
+        ("--epochs 0", "--epochs: must be at least 1, not 0"),
+        ("--batch-size 1", "--batch-size: must be at least 2, not 1"),
+        ("--projector-dim 0", "--projector-dim: must be at least 4, not 0"),
+        ("--batch-size 1501", "--batch-size 1501 is larger than the training set of 1500"),
+        ("--lr nan", "--lr: must be at least 0, not nan"),
+        ("--lr inf", "--lr: must be at least 0, not inf"),
+        ("--epochs 2.5", "--epochs: invalid int value: '2.5'"),
+        ("--dataset", "--dataset: expected one argument"),
+        ("--seed -1", "--seed"),
+        ("--warmup-epochs 9", "--warmup-epochs 9"),
+        ("--dataset imagenet", "--dataset"),
+        ("--backbone resnet18", "--backbone"),
+        ("--backbone resnet18 --dataset folder --data-dir nowhere", "'nowhere/train'"),
+        ("--device cuda", "--device"),
+        ("--optimizer adamw", "adamw"),
+        ("--optimizer lars", "lars needs its own --lr, because 0.001 is meant for adam"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(flags, words, run, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
-        flags, words = ["--device", "mps"], "--device"
-    assert words in run("barlow_twins", *RUN, *flags).error
+        flags = "--device mps"
+    assert words in run("barlow_twins", *RUN, *flags.split()).error
     assert not list(tmp_path.iterdir())
 
 
@@ -275,41 +271,36 @@ def test_resume_refuses_another_run_and_broken_checkpoints(run, tmp_path):
     assert run("barlow_twins", *RUN, "--out", "r").code == 0
     checkpoint = tmp_path / "r" / "last.pt"
     whole, log = checkpoint.read_bytes(), (tmp_path / "r" / "log.jsonl").read_bytes()
-    assert (
-        "--projector-dim"
-        in run("barlow_twins", *RUN, "--out", "r", "--resume", "--projector-dim", "8").error
-    )
-    assert (
-        "a run of barlow_twins, not cplearn" in run("cplearn", *RUN, "--out", "r", "--resume").error
-    )
-    assert "4 epochs" in run("barlow_twins", *RUN, "--out", "r", "--resume", "--epochs", "2").error
+    resume = [*RUN, "--out", "r", "--resume"]
+
+    def error(*flags):
+        return run("barlow_twins", *resume, *flags).error
+
+    assert "--projector-dim" in error("--projector-dim", "8")
+    assert "a run of barlow_twins, not cplearn" in run("cplearn", *resume).error
+    assert "4 epochs" in error("--epochs", "2")
     for broken in (whole[: len(whole) // 2], b"", b"something else"):
         checkpoint.write_bytes(broken)
-        assert (
-            "damaged or not a checkpoint"
-            in run("barlow_twins", *RUN, "--out", "r", "--resume").error
-        )
+        assert "damaged or not a checkpoint" in error()
     checkpoint.write_bytes(whole)
     state = torch.load(checkpoint, weights_only=True)
-    changes = [{"args": [1]}, {"model": [1]}, {"step": "3"}, {"method": 1}, {"backbone": None}]
-    for other in ({"weights": torch.ones(3)}, *(state | change for change in changes)):
-        torch.save(other, checkpoint)
-        assert (
-            "not a checkpoint of these methods"
-            in run("barlow_twins", *RUN, "--out", "r", "--resume").error
-        )
+    torch.save({"weights": torch.ones(3)}, checkpoint)
+    assert "not a checkpoint of these methods" in error()
+    for change in ({"args": [1]}, {"model": [1]}, {"step": "3"}, {"method": 1}, {"backbone": None}):
+        torch.save(state | change, checkpoint)
+        assert "not a checkpoint of these methods" in error()
     changes = [
         {"optimizer": [1]},
         {"sums": 1},
         {"model": {}},
         {"optimizer": {"state": {}, "param_groups": []}},
+        {"lines": 1},
+        {"lines": [1, 2]},
+        {"lines": ["{}"]},
     ]
-    changes += [{"lines": 1}, {"lines": [1, 2]}, {"lines": ["{}"]}]
     for change in changes:
         torch.save(state | change, checkpoint)
-        assert (
-            "does not fit this model" in run("barlow_twins", *RUN, "--out", "r", "--resume").error
-        )
+        assert "does not fit this model" in error()
     assert (tmp_path / "r" / "log.jsonl").read_bytes() == log
     (tmp_path / "file").write_text("")
     assert "run folder" in run("barlow_twins", *RUN, "--out", "file/r").error

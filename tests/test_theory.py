@@ -41,9 +41,8 @@ def eq2(p1, p2, q, beta):
 def eq3(q, beta, eps):
     """The bound of Eq. 3, whose last term is the entropy of q."""
     top = 1 - eps * (len(q) - 1)
-    return -beta * (top * math.log(top) + (1 - top) * math.log(eps)) - sum(
-        x * math.log(x) for x in q
-    )
+    cross_entropy = -(top * math.log(top) + (1 - top) * math.log(eps))
+    return beta * cross_entropy - sum(x * math.log(x) for x in q)
 
 
 def hard(counts, eps):
@@ -106,11 +105,8 @@ def hadamard(c):
 def loss_of(methods, h1, h2, w, beta):
     h1, h2, codes = (torch.from_numpy(x) for x in (h1, h2, w))
     tau = temperature(len(h1), *codes.shape)
-    return (
-        methods["cplearn"]
-        .loss_fn(h1, h2, codes, tau=tau, beta=beta, prior="cross-entropy")["loss"]
-        .item()
-    )
+    loss_fn = methods["cplearn"].loss_fn
+    return loss_fn(h1, h2, codes, tau=tau, beta=beta, prior="cross-entropy")["loss"].item()
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
@@ -132,9 +128,8 @@ def test_eq_1_reaches_below_eq_3(methods):
     n, c = 48, 16
     w, q = hadamard(c), [1 / c] * c
     centered = w.T - w.mean(1)
-    h = np.repeat(
-        centered / np.linalg.norm(centered, axis=1, keepdims=True), n // c, axis=0
-    ) * math.sqrt(c / n)
+    units = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    h = math.sqrt(c / n) * np.repeat(units, n // c, axis=0)
     smaller = 1 / (c - 1 + ((1 - EPS * (c - 1)) / EPS) ** math.sqrt(c / (c - 1)))
     loss = loss_of(methods, h, h, w, 1.0)
     assert loss == pytest.approx(eq3(q, 1.0, smaller), rel=1e-12) and loss < eq3(q, 1.0, EPS) - 1e-6
@@ -172,13 +167,10 @@ def test_theorem_1(methods, n, c):
         p = softmax(eq4(alpha) @ w / temperature(n, c, c))
         assert p == pytest.approx(np.where(np.arange(c) == j, 1 - EPS * (c - 1), EPS), rel=1e-10)
     # Other alphas, between and around, give other norms.
-    assert all(
-        eq4(alpha) @ eq4(alpha) < c / n * (1 - 1e-3 / c)
-        for alpha in np.linspace(low, high, 12)[1:-1]
-    )
-    assert all(
-        eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c) for alpha in (-high, 0.9 * low, 1.1 * high)
-    )
+    for alpha in np.linspace(low, high, 12)[1:-1]:
+        assert eq4(alpha) @ eq4(alpha) < c / n * (1 - 1e-3 / c)
+    for alpha in (-high, 0.9 * low, 1.1 * high):
+        assert eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c)
 
 
 def test_corollary_1():
