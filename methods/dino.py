@@ -111,7 +111,7 @@ class Model(nn.Module):
             nn.Linear(d, 256),
         )
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)  # its weight is (k, 256)
-        self.temperature = 0.1  # the student's, as in loss_fn; common.py reads it for the metrics
+        self.temperature = 0.1  # the student's, as in loss_fn; the metrics read it, too
 
         # The teacher gets no gradient. Its batch norms use the batch, as the student's do.
         self.teacher = common.frozen_copy(nn.Sequential(self.backbone, self.head))

@@ -108,7 +108,7 @@ class Model(nn.Module):
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
         self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # as in weight norm
-        self.temperature = 0.1  # of p, as in loss_fn; common.py reads it for the metrics
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
 
     def forward(self, x):
         return self.head(self.backbone(x))

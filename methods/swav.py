@@ -120,7 +120,7 @@ class Model(nn.Module):
         )
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)  # its weight is (k, 128)
         self.normalise_prototypes()
-        self.temperature = 0.1  # of p; common.py reads it for the metrics
+        self.temperature = 0.1  # of p; the metrics read it, too
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, newest first
 
     def forward(self, x):
