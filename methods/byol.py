@@ -11,8 +11,8 @@ What prevents collapse: the predictor together with the slow teacher. One point 
 loss 0, too, so the loss alone does not forbid it. `--no-predictor --momentum 0` removes both (m
 then rises from 0).
 
-In the log: the loss is between 0 and 8, and falls in good and in bad runs. Collapse shows only in
-center_norm, which is then near 1.
+In the log: the loss is between 0 and 8, and falls in good and in bad runs. So it does not show
+collapse. A center_norm near 1 does.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
 Departs from the paper: SGD, batches of 128, and narrower layers.
@@ -74,7 +74,8 @@ def loss_fn(p1, p2, t1, t2):
     """Eq. 2 of predictions p and teacher's projections t (n, d): `loss`, `loss12`, `loss21`."""
     loss12 = 2 - 2 * nn.functional.cosine_similarity(p1, t2.detach()).mean()
     loss21 = 2 - 2 * nn.functional.cosine_similarity(p2, t1.detach()).mean()
-    return {"loss": loss12 + loss21, "loss12": loss12, "loss21": loss21}
+    loss = loss12 + loss21
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 class Model(nn.Module):
@@ -110,8 +111,8 @@ class Model(nn.Module):
     def update_teacher(self, m):
         """teacher <- m teacher + (1 - m) student, for each parameter."""
         student = nn.Sequential(self.backbone, self.head)
-        for old, new in zip(self.teacher.parameters(), student.parameters(), strict=True):
-            old.lerp_(new.detach(), 1 - m)
+        for t, s in zip(self.teacher.parameters(), student.parameters(), strict=True):
+            t.lerp_(s.detach(), 1 - m)  # t = m t + (1 - m) s
 
 
 # --- training

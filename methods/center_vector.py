@@ -1,10 +1,10 @@
 """Center vector: make two views agree, and keep the mean of all embeddings, their center, short.
 
-    loss = 1/2 [ -mean_i <z1_i, z2_i> + center_weight ||s||^2 ]                      (after Eq. 32)
+    loss = 1/2 [ -mean_i <z1_i, z2_i> + center_weight * ||s||^2 ]                    (after Eq. 32)
     s = mean of all 2n embeddings, the center vector
 
 z1_i and z2_i are the embeddings of image i's two views, scaled to length 1. The log shows the first
-term as `invariance` and ||s||^2 as `center`.
+term as `invariance` and the penalty, without its weight, as `center`.
 
 What prevents collapse: the second term. If all embeddings are equal, ||s|| is 1, which is its
 maximum. `--center-weight 0` removes it. Where the views agree, the loss at weight 1 is
@@ -16,8 +16,8 @@ stays near 0.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: the penalty is ||s||^2 (or ||s||, with `--penalty norm`), where Eq. 32 adds
-the vector s itself. The paper's squared distance, 2 - 2 cosine, is the cosine here (Eq. 4), so
-weight 1 here is weight 2 there.
+the vector s itself. Where the paper has the squared distance, 2 - 2 cosine, minus the cosine
+stands here (Eq. 4), so weight 1 here is weight 2 there.
 Run: python methods/center_vector.py
 """
 

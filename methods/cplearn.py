@@ -1,7 +1,7 @@
 """CPLearn: give both views of an image the same share of each of c random codes, and use all codes.
 
     p = softmax(W^T z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                     (Eq. 1)
-    loss = beta invariance + prior                                     (Eq. 2, with Appendix N's KL)
+    loss = beta * invariance + prior                                   (Eq. 2, with Appendix N's KL)
     invariance = mean_i 1/2 [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     prior      = 1/2 [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
@@ -135,32 +135,39 @@ def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=3
 
     Checkpointing computes each block of codes a second time for the gradient.
     """
-    n, c = len(z1), codes.shape[1]
+    checkpoint = torch.utils.checkpoint.checkpoint
+    c = codes.shape[1]
     z = torch.stack([z1, z2])  # (2, n, f)
-
-    def block_log_sum(w):
-        scores = z @ w.to(z) / tau  # (2, n, block)
-        return scores.logsumexp(2, keepdim=True)
-
-    def block_terms(w):
-        log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
-        cross_entropy = -(log_p.exp() * log_p.flip(0)).sum() / n  # flip: with the other view
-        log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
-        prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
-        return cross_entropy / 2, prior_loss / 2
-
-    def checkpoint(function, w):
-        return torch.utils.checkpoint.checkpoint(function, w, use_reentrant=False)
-
-    log_sums = [checkpoint(block_log_sum, w) for w in codes.split(block, 1)]
+    log_sums = []
+    for w in codes.split(block, 1):
+        log_sums.append(checkpoint(block_log_sum, z, w, tau, use_reentrant=False))
     log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), log of the softmax's denominator
+
     invariance, prior_loss = 0.0, 0.0
     for w in codes.split(block, 1):
-        block_invariance, block_prior = checkpoint(block_terms, w)
-        invariance = invariance + block_invariance
-        prior_loss = prior_loss + block_prior
+        terms = checkpoint(block_terms, z, w, log_sum, tau, c, prior, use_reentrant=False)
+        invariance = invariance + terms[0]
+        prior_loss = prior_loss + terms[1]
     loss = beta * invariance + prior_loss
     return {"loss": loss, "invariance": invariance, "prior": prior_loss}
+
+
+def block_log_sum(z, w, tau):
+    """log of the sum of exp(scores) over a block of codes w (f, block), for z (2, n, f)."""
+    scores = z @ w.to(z) / tau  # (2, n, block)
+    return scores.logsumexp(2, keepdim=True)
+
+
+def block_terms(z, w, log_sum, tau, c, prior):
+    """What a block of codes adds to invariance and prior."""
+    n = z.shape[1]
+    scores = z @ w.to(z) / tau  # (2, n, block)
+    log_p = scores - log_sum
+    other_view = log_p.flip(0)
+    cross_entropy = -(log_p.exp() * other_view).sum() / n  # both directions together
+    log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
+    prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
+    return cross_entropy / 2, prior_loss / 2
 
 
 def draw_codes(kind, f, c, seed):
@@ -174,18 +181,18 @@ def draw_codes(kind, f, c, seed):
         codes = torch.randint(2, (f, c), generator=rng, dtype=torch.int8)
         return codes.mul_(2).sub_(1)  # in place, because it may be large
 
-    power_of_two = f & (f - 1) == 0
-    if not power_of_two or c > f:
+    if f.bit_count() != 1 or c > f:
         common.fail(
             "--codes hadamard needs a power of two as --projector-dim and --c no larger, "
             f"not {f} and {c}"
         )
     columns = torch.randperm(f, generator=rng)[:c]
-    digits = torch.arange(f.bit_length())
-    bits = (torch.arange(f)[:, None] >> digits) & 1  # row i holds the binary digits of i
-    # The entry is -1 where row and column number have an odd number of ones in common.
-    ones_in_common = bits @ bits[columns].T
-    return (1 - 2 * (ones_in_common % 2)).to(torch.int8)
+    hadamard = torch.ones(1, 1, dtype=torch.int8)
+    while len(hadamard) < f:  # Sylvester's construction doubles the matrix
+        upper = torch.cat([hadamard, hadamard], 1)
+        lower = torch.cat([hadamard, -hadamard], 1)
+        hadamard = torch.cat([upper, lower])
+    return hadamard[:, columns]
 
 
 class Model(nn.Module):
@@ -199,7 +206,7 @@ class Model(nn.Module):
         else:
             self.head.append(nn.BatchNorm1d(f))
         if args.activation == "l2":
-            self.head.append(nn.RMSNorm(f, 1e-12, elementwise_affine=False))  # sqrt(f) l2norm
+            self.head.append(nn.RMSNorm(f, eps=1e-12, elementwise_affine=False))  # sqrt(f) l2norm
         else:
             self.head.append(nn.Tanh())
 
@@ -242,10 +249,10 @@ def main():
             # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             if len(z1) * args.c <= 2**25:
-                loss = loss_fn
+                chosen_loss = loss_fn
             else:
-                loss = loss_in_blocks  # because matrices (n, c) would take more than 134 MB each
-            terms = loss(
+                chosen_loss = loss_in_blocks  # matrices (n, c) would take over 134 MB each
+            terms = chosen_loss(
                 z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior
             )
 

@@ -7,9 +7,9 @@
                      teacher <- m teacher + (1 - m) student
 
 s and t (n, k) are the cosines of n embeddings with k learned prototypes, of the student and of the
-teacher. 1 and 2 are the two views of image i. mean t is over the images of both views. m rises from
-`--momentum` to 1 along a half cosine. H(q, p) is the teacher's entropy H(q, q), `entropy` in the
-log, plus KL(q || p), `divergence` in the log.
+teacher. The subscripts 1 and 2 are the two views of image i. mean t is over the images of both
+views. m rises from `--momentum` to 1 along a half cosine. H(q, p) is the teacher's entropy H(q, q),
+`entropy` in the log, plus KL(q || p), `divergence` in the log.
 
 What prevents collapse: centering and sharpening, against each other. Subtracting the center stops
 one prototype from winning for every image; without it (`--no-centering`) `entropy` goes to 0. The
@@ -35,7 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
+VIEWS = (
+    {"scale": (0.4, 1), "blur": 1.0},
+    {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2},
+)
 # This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"prototypes": 64, "teacher_temperature": 0.02},
@@ -60,7 +63,8 @@ def add_flags(parser):
         "--teacher-temperature",
         type=common.bounded_float(0.001),
         default=0.04,
-        help="the student's is 0.1; lower if entropy stays at log k; 1: all prototypes alike",
+        help="the student's is 0.1; try a lower one if entropy stays at log k; with 1 all "
+        "prototypes become alike",
     )
     parser.add_argument(
         "--no-centering",
@@ -89,7 +93,8 @@ def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1
     entropy1 = -(log_q1.exp() * log_q1).sum(1)  # (n,)
     entropy2 = -(log_q2.exp() * log_q2).sum(1)
     entropy = (entropy1 + entropy2).mean() / 2
-    return {"loss": loss, "entropy": entropy, "divergence": loss.detach() - entropy}
+    divergence = loss.detach() - entropy
+    return {"loss": loss, "entropy": entropy, "divergence": divergence}
 
 
 def cosines(z, prototypes):
@@ -129,14 +134,15 @@ class Model(nn.Module):
 
     def update_teacher(self, m):
         """teacher <- m teacher + (1 - m) student, for each parameter."""
-        student = nn.ModuleList([self.backbone, self.head, self.prototypes])
-        teacher = nn.ModuleList([*self.teacher, self.teacher_prototypes])
-        for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-            old.lerp_(new.detach(), 1 - m)
+        student = nn.Sequential(self.backbone, self.head, self.prototypes)
+        teacher = nn.Sequential(self.teacher, self.teacher_prototypes)
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.lerp_(s.detach(), 1 - m)  # t = m t + (1 - m) s
 
     def update_center(self, t1, t2):
         """Eq. 4, of the teacher's cosines t (n, k) of both views."""
-        self.center.lerp_(torch.cat([t1, t2]).mean(0), 0.1)
+        mean = torch.cat([t1, t2]).mean(0)
+        self.center.lerp_(mean, 0.1)  # 0.9 center + 0.1 mean
 
 
 # --- training

@@ -75,7 +75,8 @@ def loss_fn(
     Returns scalars `loss`, `invariance`, `prior` and `generative`.
     """
     n = len(s1)
-    log_p1, log_p2 = s1.log_softmax(1), s2.log_softmax(1)
+    log_p1 = s1.log_softmax(1)
+    log_p2 = s2.log_softmax(1)
     cross_entropy12 = -(log_p1.exp() * log_p2).sum(1)  # (n,)
     cross_entropy21 = -(log_p2.exp() * log_p1).sum(1)
     invariance = (cross_entropy12 + cross_entropy21).mean() / 2
@@ -123,42 +124,47 @@ class Model(nn.Module):
 
     def scores(self, z):
         # The temperature 0.36 gives s a standard deviation of 1.6 at the start.
-        return self.classes(z.float()).float() / 0.36
+        scores = self.classes(z.float()).float()  # the second: autocast may have made it bf16
+        return scores / 0.36
 
     def log_density(self, x):
         """F (n,) of images x."""
         return self.scores(self(x)).logsumexp(1)
 
+    def langevin_step(self, x, noise):
+        """x + 0.005 grad F(x) + 0.1 noise, where 0.005 is half the noise's variance."""
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(self.log_density(x).sum(), x)
+        moved = x + 0.005 * gradient + 0.1 * noise
+        return moved.detach()
+
     def sampled_densities(self, x1, seed):
         """F of this process's images x1 (n, ...) and of as many samples of the density, each (n,).
 
         The samples are some of those that are stored. One in 20 of them begins anew as noise. Then
-        all take 20 steps of Langevin dynamics, x <- x + 0.005 grad F(x) + 0.1 noise, where 0.005 is
-        half the noise's variance. They are stored again for later batches. The same `seed` gives
-        the same random numbers, so all processes draw the noise of all samples and use their share.
+        all take 20 steps of Langevin dynamics, and are stored again for later batches. The same
+        `seed` gives the same random numbers: every process draws those of all samples, and uses
+        its share of them.
         """
         self.eval()  # so that F of an image does not depend on the rest of the batch
         rng = torch.Generator(x1.device).manual_seed(seed)
+        total = len(x1) * common.world_size()
+        own = common.own_share(total)
 
         def noise(count):
             return torch.randn(count, *x1.shape[1:], generator=rng, device=x1.device)
 
-        def own_share(rows):
-            return rows.chunk(common.world_size())[common.rank()]
-
-        total = len(x1) * common.world_size()
         chosen = torch.randperm(len(self.samples), generator=rng, device=x1.device)[:total]
         renewed = chosen[: total // 20]
         self.samples[renewed] = noise(len(renewed))
-        x = own_share(self.samples[chosen])
+        x = self.samples[chosen[own]]
         for _ in range(20):
-            x.requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_density(x).sum(), x)
-            x = (x + 0.005 * gradient + 0.1 * own_share(noise(total))).detach()
+            x = self.langevin_step(x, noise(total)[own])
         (moved,) = common.gather(x)
         self.samples[chosen] = moved
 
-        log_real, log_fake = self.log_density(x1), self.log_density(x)
+        log_real = self.log_density(x1)
+        log_fake = self.log_density(x)
         self.train()
         return log_real, log_fake
 
@@ -183,17 +189,21 @@ def main():
             # The views go through the network one after the other: batch norm sees one at a time.
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
-                densities = []
+                log_real, log_fake = None, None
                 if args.generative_weight:
-                    rng = common.generator(args.seed, epoch, run.step, 1)
-                    densities = model.sampled_densities(x1, seed=rng.initial_seed())
+                    # The last 1 keeps the seed apart from those of the views.
+                    seed = common.generator(args.seed, epoch, run.step, 1).initial_seed()
+                    log_real, log_fake = model.sampled_densities(x1, seed)
 
             # The loss is computed over the rows of all processes, in float32.
-            s1, s2, *densities = common.gather(model.scores(z1), model.scores(z2), *densities)
+            s1, s2 = common.gather(model.scores(z1), model.scores(z2))
+            if args.generative_weight:
+                log_real, log_fake = common.gather(log_real, log_fake)
             terms = loss_fn(
                 s1,
                 s2,
-                *densities,
+                log_real,
+                log_fake,
                 prior_weight=args.prior_weight,
                 beta=args.beta,
                 generative_weight=args.generative_weight,

@@ -59,13 +59,15 @@ def loss_fn(z1, z2, *, temperature=0.5, negatives=True):
     n = len(z1)
     z = nn.functional.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T / temperature  # (2n, 2n); rows i and i + n are the views of image i
+    # One of the two diagonals of pairs is enough, because sim(z_i, z_j) = sim(z_j, z_i).
     alignment = -similarity.diagonal(n).mean()
     if negatives:
-        similarity = similarity.fill_diagonal_(-torch.inf)  # exp(-inf) = 0 leaves out k = i
+        similarity.fill_diagonal_(-torch.inf)  # exp(-inf) = 0 leaves out k = i
         uniformity = similarity.logsumexp(1).mean()
     else:
         uniformity = torch.zeros_like(alignment)
-    return {"loss": alignment + uniformity, "alignment": alignment, "uniformity": uniformity}
+    loss = alignment + uniformity
+    return {"loss": loss, "alignment": alignment, "uniformity": uniformity}
 
 
 class Model(nn.Module):

@@ -5,9 +5,9 @@
 z1 and z2 are the projections of an image's two views. p1 and p2 are predictor(z1) and
 predictor(z2). stop(z) is z as a constant, without gradient.
 
-What prevents collapse: the predictor together with the stop-gradient. One point for all images has
-the lowest loss, -1, too. If one of the two is removed, embeddings fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them.
+What prevents collapse: the predictor together with the stop-gradient. Collapse also has the lowest
+loss, -1. If one of the two is removed, embeddings fall into few dimensions or one point.
+`--no-predictor` and `--no-stop-gradient` remove them.
 
 In the log: a loss near -1 says nothing, because collapse has it, too. A good run has a small
 center_norm and keeps many dimensions (effective_rank).
@@ -59,7 +59,8 @@ def loss_fn(p1, p2, z1, z2, *, stop_gradient=True):
         z2 = z2.detach()
     loss12 = -nn.functional.cosine_similarity(p1, z2).mean()
     loss21 = -nn.functional.cosine_similarity(p2, z1).mean()
-    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+    loss = (loss12 + loss21) / 2
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 class Model(nn.Module):

@@ -91,7 +91,8 @@ def loss_fn(s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, tem
     log_p2 = (s2 / temperature).log_softmax(1)
     loss12 = -(q1 * log_p2).sum(1).mean()
     loss21 = -(q2 * log_p1).sum(1).mean()
-    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+    loss = (loss12 + loss21) / 2
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 def assignments(s, queue, iterations, epsilon):
@@ -120,14 +121,14 @@ class Model(nn.Module):
         )
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)  # its weight is (k, 128)
         self.normalise_prototypes()
-        self.temperature = 0.1  # of p; the metrics read it, too
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, newest first
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.prototypes(nn.functional.normalize(z.float(), dim=-1))
+        return self.prototypes(nn.functional.normalize(z.float(), dim=1))
 
     @torch.no_grad()
     def normalise_prototypes(self):
@@ -137,8 +138,8 @@ class Model(nn.Module):
     def update_queue(self, z1, z2):
         """Puts the embeddings (n, 128) of a batch's two views in front of the earlier ones."""
         new = torch.stack([z1.detach(), z2.detach()])
-        both = torch.cat([new, self.queue], dim=1)
-        self.queue = both[:, : self.queue.shape[1]]
+        longer = torch.cat([new, self.queue], dim=1)
+        self.queue = longer[:, : self.queue.shape[1]]
 
 
 # --- training

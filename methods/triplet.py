@@ -1,7 +1,8 @@
 """Triplet: an image's other view must be closer than any other image, by a margin.
 
-    loss = mean_{a,n} 1/2 max(0, ||z_a - z_p||^2 - ||z_a - z_n||^2 + margin)                (Eq. 5)
-         = mean_{a,n} max(0, <z_a, z_n> - <z_a, z_p> + margin / 2)
+    loss = mean over anchors a and negatives n of
+           1/2 max(0, ||z_a - z_p||^2 - ||z_a - z_n||^2 + margin)                           (Eq. 5)
+         = max(0, <z_a, z_n> - <z_a, z_p> + margin / 2)
 
 z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each
 of them is the anchor z_a in turn. z_p is the other view of the anchor's image. z_n is each view of
@@ -11,8 +12,9 @@ What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--
 removes them. With `--negatives hardest` each anchor has its closest negative only. This is what
 SimCLR becomes as its temperature goes to 0 (Eq. 13).
 
-In the log: `positive` and `negative` are mean cosines. In a good run `positive` rises to near 1 and
-`negative` stays near 0. In collapse both are 1.
+In the log: `positive` and `negative` are mean cosines, `negative` over the negatives in use. In a
+good run `positive` rises to near 1, and `negative` of all negatives stays near 0. In collapse both
+are 1.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: it names no settings for images, so these are ours.
@@ -72,13 +74,13 @@ def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
         count = 2 * n * (2 * n - 2)
         loss = (hinge * other_image).sum() / count
         negative = (similarity * other_image).sum() / count
-    else:
-        if negatives == "hardest":
-            closest = similarity.masked_fill(~other_image, -torch.inf).amax(1)
-        else:
-            closest = torch.ones_like(positive)  # a constant: only attraction is left
+    elif negatives == "hardest":
+        closest = similarity.masked_fill(~other_image, -torch.inf).amax(1)
         loss = (closest - positive + margin / 2).relu().mean()
         negative = closest.mean()
+    else:
+        loss = (1 - positive + margin / 2).relu().mean()  # only attraction is left
+        negative = torch.ones_like(loss)
     return {"loss": loss, "positive": positive.mean(), "negative": negative}
 
 

@@ -78,7 +78,7 @@ def loss_fn(
     covariance_weight=1.0,
     sum_variance=False,
 ):
-    """Eq. 6 of two views' embeddings (n, d), float32.
+    """After Eq. 6, of two views' embeddings (n, d), float32.
 
     Returns scalars `loss`, `invariance`, `variance` and `covariance`.
     """
@@ -100,9 +100,9 @@ def loss_fn(
     covariance2 = (cov2.square().sum() - cov2.diagonal().square().sum()) / d
     covariance = covariance1 + covariance2
 
-    loss = invariance_weight * invariance
-    loss = loss + variance_weight * variance
-    loss = loss + covariance_weight * covariance
+    loss = (
+        invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
+    )
     return {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
 
 

@@ -111,9 +111,11 @@ def whiten(z, whitening, part_size):
         return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
 
     cov = z.mT @ z / (part_size - 1)  # (parts, dim, dim)
-    # Less diagonal makes a singular covariance fail for certain. Else rounding might let it pass.
+    # Rounding can hide that a covariance is singular. With a slightly smaller diagonal cholesky_ex
+    # reports it.
     tiny = 1e3 * torch.finfo(z.dtype).eps
-    cov = cov - tiny * cov.diagonal(dim1=1, dim2=2).diag_embed()
+    diagonal = cov.diagonal(dim1=1, dim2=2)
+    cov = cov - torch.diag_embed(tiny * diagonal)
     lower, info = torch.linalg.cholesky_ex(cov)  # cholesky would wait for the GPU
     failed = (info > 0).view(-1, 1, 1)
     lower = lower.masked_fill(failed, torch.nan)  # the run then stops, see Run.end_step
