@@ -75,10 +75,12 @@ class Case:
 
     # tests/test_collapse.py. Flags that take the mechanism away, with the collapse that follows on
     # points in the plane: "representation", "dimensional" or "cluster". `alive` holds flags of all
-    # these runs. Batch norm, which by itself prevents some collapses, is kept in the head:
-    # "all", "none", "hidden" (but for a last one without weights), "output" (only that one).
+    # these runs, and of `seeds` most must agree. `batch_norm` says which batch norms the head
+    # keeps, because they prevent some collapses by themselves: "all", "none", "hidden" (all but a
+    # last one without weights), "output" (only that one).
     collapses: dict[str, str] = field(default_factory=dict)
     alive: str = ""
+    seeds: tuple = (0,)
     batch_norm: str = "all"
 
     def loss(self, module, setting, *rows):
@@ -329,6 +331,7 @@ CASES["dino"] = Case(
     trained=("center", "teacher_prototypes.weight"),
     collapses={"--no-centering": "cluster"},
     alive="--prototypes 8",
+    seeds=(0, 1, 2),
 )
 
 
