@@ -155,8 +155,13 @@ def made_once(tmp_path_factory, request):
 
 def selected(request, test):
     """The parameters of the tests of this name that are to be run, as dicts."""
-    items = request.session.items
-    return [item.callspec.params for item in items if getattr(item, "originalname", "") == test]
+    found = []
+    for item in request.session.items:
+        if getattr(item, "originalname", "") == test:
+            # A test without parameters has no `callspec`.
+            callspec = getattr(item, "callspec", None)
+            found.append(callspec.params if callspec else {})
+    return found
 
 
 def same_state(a, b):
