@@ -45,7 +45,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -121,6 +121,10 @@ class Data:
     mean: torch.Tensor
     std: torch.Tensor
     size: int
+    summary: list = field(default_factory=list)
+    fingerprint: str = ""
+    train_names: list = field(default_factory=list)
+    test_names: list = field(default_factory=list)
 
     def normalise(self, images):
         """A batch without augmentation as the network sees it: float32, mean 0, deviation 1."""
@@ -161,6 +165,9 @@ def load_data(args, device):
     else:
         std, mean = torch.std_mean(sample / 255, (0, 2, 3))
     std = std.clamp_min(1e-3)  # a channel may be constant
+    summary = [f"{args.dataset}: {len(images)} images"]
+    content = str(images.shape).encode() + sample.contiguous().numpy().tobytes()
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     if device.type == "cuda":
         free_memory, _ = torch.cuda.mem_get_info(device)
@@ -174,7 +181,9 @@ def load_data(args, device):
         test_labels = test_labels.to(device)
     mean = mean.to(device)
     std = std.to(device)
-    return Data(images, labels, test_images, test_labels, classes, mean, std, size)
+    return Data(
+        images, labels, test_images, test_labels, classes, mean, std, size, summary, fingerprint
+    )
 
 
 def read_torchvision(args):
@@ -460,8 +469,8 @@ def two_views(data, args, views, epoch, first=0):
     depends only on seed, epoch and step, so that a resumed run sees the same batches.
     """
     # The rows of the data set that each step takes: (steps, batch size).
-    steps = len(data.labels) // args.batch_size
-    order = torch.randperm(len(data.labels), generator=generator(args.seed, epoch))
+    steps = len(data.images) // args.batch_size
+    order = torch.randperm(len(data.images), generator=generator(args.seed, epoch))
     order = order[: steps * args.batch_size].view(steps, args.batch_size)
     order = order[first:]
     if data.images.ndim == 2:
