@@ -1263,7 +1263,7 @@ def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None, measured=N
 
     number = None
     if entropy is not None:
-        number = 1 - entropy.mean().item()
+        number = 1 - torch.as_tensor(entropy).mean().item()
     assignment = finding(number, 0.02, low="still uniform")
 
     return {
@@ -1277,11 +1277,11 @@ def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None, measured=N
 
 # What the numbers of `diagnose` say, in words.
 FINDINGS = {
-    "representation": "the embeddings' directions vary by",
-    "dimensional": "the logarithm of the effective rank, over its largest, is",
-    "cluster": "the logarithm of the number of effective codes, over its largest, is",
-    "intracluster": "the embeddings within a cluster vary by",
-    "assignment": "1 - entropy of the assignments, over the largest entropy, is",
+    "representation": "the embeddings' directions vary by {}",
+    "dimensional": "log(effective rank) is {} of log(dimensions)",
+    "cluster": "log(effective codes) is {} of log(codes)",
+    "intracluster": "the embeddings within a cluster vary by {}",
+    "assignment": "the assignments are {} from uniform",
 }
 
 
@@ -1304,9 +1304,9 @@ def describe(report):
         found.append("assignment")
     reasons = []
     for mode in found:
-        number = report[mode]["number"]
+        number = f"{report[mode]['number']:.2g}"
         threshold = report[mode]["threshold"]
-        reasons.append(f"{FINDINGS[mode]} {number:.2g}, below {threshold:g}")
+        reasons.append(f"{FINDINGS[mode].format(number)}, below {threshold:g}")
     if reasons:
         line += f": {'; '.join(reasons)}"
     return line
@@ -1787,7 +1787,8 @@ def add_shared_flags(parser):
         type=bounded_int(0),
         default=0,
         metavar="N",
-        help="stop with exit status 3 after N epochs in a row with a collapse; 0: never",
+        help="stop with exit status 3 after N epochs in a row with a collapse; 0: never. Some "
+        "methods pass through one in their first epochs",
     )
     parser.add_argument("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
     parser.add_argument(
