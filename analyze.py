@@ -8,7 +8,7 @@ numbers as report.json and the arrays behind the curves as report.npz. The figur
 those of "Collapse-Proof Non-Contrastive Self-Supervised Learning".
 
 diagnosis   the four collapses of Figure 1. Each is a number in [0, 1]. Below its threshold the mode
-            has collapsed. `diagnose` defines the numbers.
+            has collapsed. `common.diagnose` defines the numbers.
 spectra     eigenvalues of the covariance of embeddings and of features, divided by their mean
             squared norm (Figure 6a)
 entropy     of Gaussian mixtures with more and more components, fitted to the embeddings, by 10,000
@@ -226,114 +226,6 @@ def mixture_entropy(mixture, samples=10_000):
     return -log_density.mean().item()
 
 
-# --- the diagnosis
-
-
-def cluster_gap(z, queries=1000):
-    """How much embeddings z (n, d) vary within clusters, from 0 (not at all) to 1. It needs no
-    assignments.
-
-    For a point with distances r_1 <= r_2 <= ... to the others it is min_k r_k / r_{k+1}, the
-    largest jump, over the nearest nine tenths. The result is the median over up to `queries`
-    points. Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of
-    uniform U, and more in more dimensions. Clusters with points 20 times closer to one another than
-    to the rest have 0.05.
-    """
-    z = z.detach().double()
-    some = common.evenly_spaced(z, queries)
-    distance = torch.cdist(z[some], z)
-    # The distance of a point to itself is sorted to the front, and left out with the farthest.
-    distance[torch.arange(len(some), device=z.device), some] = -1
-    end = max(3, int(0.9 * len(z)))
-    distance = distance.sort(1).values[:, 1:end]
-    nearer = distance[:, :-1]
-    farther = distance[:, 1:]
-    ratio = torch.where(farther > 0, nearer / farther, 1)
-    # Where even the last distance is 0, the points do not vary at all.
-    ratio[distance[:, -1] == 0] = 0
-    return ratio.amin(1).median().item()
-
-
-def finding(number, threshold, implied=False, low="collapsed"):
-    """A mode's entry in the diagnosis. `low` is the verdict on a number below the threshold."""
-    if implied:
-        verdict = "implied"
-    elif number is None:
-        verdict = "no codes"
-    elif number < threshold:
-        verdict = low
-    else:
-        verdict = "ok"
-    return {"number": number, "threshold": threshold, "verdict": verdict}
-
-
-def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None):
-    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d)
-    suffer, and whether their assignments have left the uniform start.
-
-    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `entropy` (n,) is the
-    entropy of each assignment over log(clusters). `inputs` is how many numbers an image (or a
-    point) has. Returns {mode: {"number", "threshold", "verdict"}}. Each number is in [0, 1]. Below
-    its threshold the mode has collapsed:
-
-    representation  1 - center_norm², the variance of the directions. 0.2 means a center vector of
-                    length 0.89.
-    dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of
-                    the dimensions.
-    cluster         log(effective codes) / log(clusters). The number of effective codes is exp of
-                    the entropy of their use.
-    intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than
-                    to the next.
-    assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike, and the
-                    verdict is "still uniform".
-
-    Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for,
-    because embeddings of points in a plane that span a plane have lost nothing. Where all
-    embeddings are one vector, the other collapses are "implied". Without codes, cluster and
-    assignment are undefined: verdict "no codes", number None. Raises ValueError for fewer than four
-    embeddings.
-    """
-    n, d = z.shape
-    if n < 4:
-        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
-    rank = common.effective_rank(z)
-    constant = rank == 0
-
-    number = 0.0 if constant else 1 - common.center_norm(z) ** 2
-    representation = finding(number, 0.2)
-    one_vector = representation["verdict"] == "collapsed"
-
-    dimensions = min(n - 1, d)
-    if inputs:
-        # Collapse is a rank below the root of the dimensions, so no rank above `inputs` is needed.
-        dimensions = min(dimensions, inputs**2)
-    number = math.log(max(1, rank)) / math.log(max(2, dimensions))
-    dimensional = finding(min(1.0, number), 0.5, implied=one_vector)
-
-    number = None
-    if codes is not None:
-        use = torch.bincount(codes.cpu()).double() / n
-        entropy_of_use = torch.special.entr(use).sum().item()
-        number = entropy_of_use / math.log(max(2, min(n, clusters)))
-    cluster = finding(number, 0.5, implied=one_vector)
-
-    number = 0.0 if constant else cluster_gap(z)
-    intracluster = finding(number, 0.05, implied=one_vector)
-
-    number = None
-    if entropy is not None:
-        number = 1 - entropy.mean().item()
-    assignment = finding(number, 0.02, low="still uniform")
-
-    return {
-        "representation": representation,
-        "dimensional": dimensional,
-        "cluster": cluster,
-        "intracluster": intracluster,
-        "assignment": assignment,
-    }
-
-
 # --- one checkpoint
 
 
@@ -415,7 +307,9 @@ def measure(path, model, data, components, bar):
     numbers = {
         "images": n,
         "dimensions": {"embedding": d, "features": features.shape[1]},
-        "diagnosis": diagnose(embedding, out.get("codes"), code_count, inputs, out.get("entropy")),
+        "diagnosis": common.diagnose(
+            embedding, out.get("codes"), code_count, inputs, out.get("entropy")
+        ),
         "center_norm": common.center_norm(embedding),
         "correlation": common.average_correlation(embedding),
         "effective_rank": {
@@ -1055,7 +949,8 @@ def run_folder(path):
 
 
 def read_log(path):
-    """The epochs' lines, a list of dicts, of the log beside the checkpoint at `path`, a Path.
+    """The epochs' lines, a list of dicts, of the log beside the checkpoint at `path`, a Path,
+    without their verdicts.
 
     The list is empty if there is no log. Ends the program with one line if the log is damaged.
     """
@@ -1063,10 +958,13 @@ def read_log(path):
     if not log.exists():
         return []
     try:
-        lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if lines and isinstance(lines[0], dict) and "argv" in lines[0]:
+            del lines[0]  # older logs begin with what is in run.json now
         for line in lines:
             if not isinstance(line, dict) or "epoch" not in line:
                 raise ValueError
+            line.pop("verdict", None)
             if not all(isinstance(value, int | float) for value in line.values()):
                 raise ValueError
     except ValueError:

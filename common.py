@@ -36,6 +36,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,6 +123,10 @@ class Data:
     mean: torch.Tensor
     std: torch.Tensor
     size: int
+    summary: list = field(default_factory=list)
+    fingerprint: str = ""
+    train_names: list = field(default_factory=list)
+    test_names: list = field(default_factory=list)
 
     def normalise(self, images):
         """A batch without augmentation as the network sees it: float32, mean 0, deviation 1."""
@@ -162,6 +167,9 @@ def load_data(args, device):
     else:
         std, mean = torch.std_mean(sample / 255, (0, 2, 3))
     std = std.clamp_min(1e-3)  # a channel may be constant
+    summary = [f"{args.dataset}: {len(images)} images"]
+    content = str(images.shape).encode() + sample.contiguous().numpy().tobytes()
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     if device.type == "cuda":
         free_memory, _ = torch.cuda.mem_get_info(device)
@@ -175,7 +183,9 @@ def load_data(args, device):
         test_labels = test_labels.to(device)
     mean = mean.to(device)
     std = std.to(device)
-    return Data(images, labels, test_images, test_labels, classes, mean, std, size)
+    return Data(
+        images, labels, test_images, test_labels, classes, mean, std, size, summary, fingerprint
+    )
 
 
 def read_torchvision(args):
@@ -461,7 +471,7 @@ def two_views(data, args, views, epoch, first=0):
     (n, 2), where n is this process's share of the batch. The last, short batch is left out. All
     depends only on seed, epoch and step, so that a resumed run sees the same batches.
     """
-    n = len(data.labels)
+    n = len(data.images)
     steps = n // args.batch_size
     permutation = torch.randperm(n, generator=generator(args.seed, epoch))
     whole_batches = permutation[: steps * args.batch_size]
@@ -905,6 +915,135 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
 
+def load_weights(model, args):
+    """Starts the backbone of a model, and its teacher's, from the tensors in `args.weights`.
+
+    The file is what torch.save writes of a dict: a state_dict, or a dict with one inside. Its names
+    may have a prefix before those of the backbone here. What it lacks of the backbone stays as it
+    is. Returns a line that says what was loaded and what was not. Ends the program with one line if
+    the file cannot be read, holds less than half of the backbone, or has other shapes.
+    """
+    path = Path(args.weights)
+    if path.is_dir():
+        path = path / "last.pt"
+    own = model.backbone.state_dict()
+    # Old files lack these counts, which nothing here reads.
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    place, entries, prefix = find_weights(read_weights(path), names)
+    tensors = {name: entries[prefix + name] for name in own if prefix + name in entries}
+    missing = [name for name in names if name not in tensors]
+    found = len(names) - len(missing)
+    if found < len(names) / 2:
+        has = first_few(list(entries)) or "no tensors"
+        fail(
+            f"--weights {str(path)!r} holds {found} of the {len(names)} tensors of "
+            f"{args.backbone}: it lacks {missing[0]!r} and has {has}; "
+            "choose another file, or the --backbone that it is of"
+        )
+    for name, tensor in tensors.items():
+        there = tuple(tensor.shape)
+        here = tuple(own[name].shape)
+        if there != here:
+            fail(
+                f"--weights {str(path)!r} does not fit: {name} is {there} there and {here} here; "
+                + advice_on_shapes(name, there, here)
+            )
+    model.backbone.load_state_dict(tensors, strict=False)
+    for norm in batch_norms(model.backbone):
+        # A file without this count is of a network that has seen many batches.
+        if norm.num_batches_tracked == 0 and not has_new_statistics(norm):
+            norm.num_batches_tracked.fill_(10_000)
+    if hasattr(model, "teacher"):
+        model.teacher[0].load_state_dict(model.backbone.state_dict())
+
+    line = f"weights: {found} of {len(names)} tensors of {args.backbone} from {path}"
+    if place:
+        line += f", under {place!r}"
+    if prefix:
+        line += f", without the prefix {prefix!r}"
+    if missing:
+        line += f"; not there, so new: {first_few(missing)}"
+    used = {prefix + name for name in own}
+    unused = [key for key in entries if key not in used]
+    if unused:
+        line += f"; left out: {first_few(unused)}"
+    return line
+
+
+def read_weights(path):
+    """The dict in a file of weights. Ends the program with one line if there is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"--weights {str(path)!r} does not exist")
+    except Exception as error:  # torch.load raises half a dozen kinds of them
+        fail(
+            f"--weights {str(path)!r} cannot be read ({type(error).__name__}): "
+            "it must be a state_dict, written by torch.save"
+        )
+    if not isinstance(saved, dict):
+        fail(f"--weights {str(path)!r} holds no dict: it must be a state_dict, by torch.save")
+    return saved
+
+
+def find_weights(saved, names):
+    """Where most of the tensors `names` are in a loaded file.
+
+    A place is the file's dict itself or a dict in it, and a prefix that stands there before each of
+    the names. Of places with as many the largest dict is taken, then the first. Returns (the key of
+    the dict or "", its tensors by their keys, the prefix).
+    """
+    places = {"": saved}
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            places[key] = value
+    best = "", {}, ""
+    most = 0, 0
+    for place, entries in places.items():
+        tensors = {}
+        for key, value in entries.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                tensors[key] = value
+        for prefix in possible_prefixes(tensors, names):
+            count = sum(prefix + name in tensors for name in names)
+            if (count, len(tensors)) > most:
+                most = count, len(tensors)
+                best = place, tensors, prefix
+    return best
+
+
+def possible_prefixes(keys, names):
+    """No prefix, and whatever stands before one of the names in one of the keys."""
+    prefixes = {"": True}  # a dict, because it keeps the order
+    for key in keys:
+        for name in names:
+            if key.endswith("." + name):
+                prefixes[key.removesuffix(name)] = True
+    return list(prefixes)
+
+
+def first_few(names):
+    """Up to four names, and how many more there are."""
+    text = ", ".join(names[:4])
+    if len(names) > 4:
+        text += f" and {len(names) - 4} more"
+    return text
+
+
+def advice_on_shapes(name, there, here):
+    """What to do if the first tensor of other shape than the file's is `name`."""
+    stem = name in ("conv1.weight", "conv_proj.weight")  # of the ResNets and of ViT
+    if stem and there[2:] != here[2:]:
+        if there[-1] > here[-1]:
+            return "the file is of a network for large images: --image-size 224"
+        return "the file is of a network for images of up to 64 pixels: --image-size 32"
+    if stem:
+        return f"choose --width {there[0]}"
+    if name == "encoder.pos_embedding":
+        return "choose the --image-size that the file is of"
+    return "choose the --backbone and --width that the file is of"
+
+
 # --- collapse metrics
 
 
@@ -934,13 +1073,22 @@ def covariance_spectrum(z):
     """
     z = centered(z)
     n, d = z.shape
-    if n < d:
+    count = max(1, min(n - 1, d))
+    # Rows and dimensions that are all 0 only add eigenvalues 0. Some versions of CUDA fail on
+    # matrices with many zeros, which is what a collapse leaves.
+    rows = z.any(1)
+    dimensions = z.any(0)
+    if not (rows.all() and dimensions.all()):
+        z = z[rows][:, dimensions]
+    if z.numel() == 0:
+        return z.new_zeros(count)
+    if len(z) < z.shape[1]:
         products = z @ z.T  # the smaller one of two matrices with the same eigenvalues but for 0
     else:
         products = z.T @ z
     eigenvalues = torch.linalg.eigvalsh(products / n)
-    largest_first = eigenvalues.clamp_min(0).flip(0)
-    return largest_first[: max(1, min(n - 1, d))]
+    largest_first = eigenvalues.clamp_min(0).flip(0)[:count]
+    return F.pad(largest_first, (0, count - len(largest_first)))
 
 
 def effective_rank(z):
@@ -1018,6 +1166,157 @@ def normalised_entropy(scores):
     return entropy / math.log(scores.shape[1])
 
 
+def cluster_gap(z, queries=1000):
+    """How much embeddings z (n, d) vary within clusters, from 0 (not at all) to 1. It needs no
+    assignments.
+
+    For a point with distances r_1 <= r_2 <= ... to the others it is min_k r_k / r_{k+1}, the
+    largest jump, over the nearest nine tenths. The result is the median over up to `queries`
+    points. Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of
+    uniform U, and more in more dimensions. Clusters with points 20 times closer to one another than
+    to the rest have 0.05.
+    """
+    z = torch.as_tensor(z).detach().double()
+    some = evenly_spaced(z, queries)
+    distance = torch.cdist(z[some], z)
+    # The distance of a point to itself is sorted to the front, and left out with the farthest.
+    distance[torch.arange(len(some), device=z.device), some] = -1
+    end = max(3, int(0.9 * len(z)))
+    distance = distance.sort(1).values[:, 1:end]
+    nearer = distance[:, :-1]
+    farther = distance[:, 1:]
+    ratio = torch.where(farther > 0, nearer / farther, 1)
+    # Where even the last distance is 0, the points do not vary at all.
+    ratio[distance[:, -1] == 0] = 0
+    return ratio.amin(1).median().item()
+
+
+def finding(number, threshold, implied=False, low="collapsed"):
+    """A mode's entry in the diagnosis. `low` is the verdict on a number below the threshold."""
+    if implied:
+        verdict = "implied"
+    elif number is None:
+        verdict = "no codes"
+    elif number < threshold:
+        verdict = low
+    else:
+        verdict = "ok"
+    return {"number": number, "threshold": threshold, "verdict": verdict}
+
+
+def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None, measured=None):
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d)
+    suffer, and whether their assignments have left the uniform start.
+
+    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `entropy` (n,) is the
+    entropy of each assignment over log(clusters). `inputs` is how many numbers an image (or a
+    point) has. All arrays may be numpy's or torch's. `measured` is (center norm, effective rank) of
+    z where they are known already. Returns {mode: {"number", "threshold", "verdict"}}. Each number
+    is in [0, 1]. Below its threshold the mode has collapsed:
+
+    representation  1 - center_norm², the variance of the directions. 0.2 means a center vector of
+                    length 0.89.
+    dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of
+                    the dimensions.
+    cluster         log(effective codes) / log(clusters). The number of effective codes is exp of
+                    the entropy of their use.
+    intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than
+                    to the next.
+    assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike, and the
+                    verdict is "still uniform".
+
+    Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for,
+    because embeddings of points in a plane that span a plane have lost nothing. Where all
+    embeddings are one vector, the other collapses are "implied". Without codes, cluster and
+    assignment are undefined: verdict "no codes", number None. Raises ValueError for fewer than four
+    embeddings.
+    """
+    z = torch.as_tensor(z)
+    n, d = z.shape
+    if n < 4:
+        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
+    if measured is None:
+        measured = center_norm(z), effective_rank(z)
+    norm, rank = measured
+    constant = rank == 0
+
+    number = 0.0 if constant else 1 - norm**2
+    representation = finding(number, 0.2)
+    one_vector = representation["verdict"] == "collapsed"
+
+    dimensions = min(n - 1, d)
+    if inputs:
+        # Collapse is a rank below the root of the dimensions, so no rank above `inputs` is needed.
+        dimensions = min(dimensions, inputs**2)
+    number = math.log(max(1, rank)) / math.log(max(2, dimensions))
+    dimensional = finding(min(1.0, number), 0.5, implied=one_vector)
+
+    number = None
+    if codes is not None:
+        use = torch.bincount(torch.as_tensor(codes).cpu()).double() / n
+        entropy_of_use = torch.special.entr(use).sum().item()
+        number = entropy_of_use / math.log(max(2, min(n, clusters)))
+    cluster = finding(number, 0.5, implied=one_vector)
+
+    number = 0.0 if constant else cluster_gap(z)
+    intracluster = finding(number, 0.05, implied=one_vector)
+
+    number = None
+    if entropy is not None:
+        number = 1 - torch.as_tensor(entropy).mean().item()
+    assignment = finding(number, 0.02, low="still uniform")
+
+    return {
+        "representation": representation,
+        "dimensional": dimensional,
+        "cluster": cluster,
+        "intracluster": intracluster,
+        "assignment": assignment,
+    }
+
+
+# What the numbers of `diagnose` say, in words.
+FINDINGS = {
+    "representation": "the embeddings' directions vary by {}",
+    "dimensional": "log(effective rank) is {} of log(dimensions)",
+    "cluster": "log(effective codes) is {} of log(codes)",
+    "intracluster": "the embeddings within a cluster vary by {}",
+    "assignment": "the assignments are {} from uniform",
+}
+
+
+def describe(report):
+    """What a report of `diagnose` says, as one line.
+
+    It is "no collapse" or, for example, "representation collapse: the embeddings' directions vary
+    by 0.09, below 0.2". Of several collapses it names all. What stands before the colon depends on
+    the verdicts alone, not on the numbers, and begins with "no collapse" if there is none.
+    Assignments that are still uniform are no collapse, and are named, too.
+    """
+    collapsed = [mode for mode, entry in report.items() if entry["verdict"] == "collapsed"]
+    found = list(collapsed)
+    if collapsed:
+        line = f"{', '.join(collapsed)} collapse"
+    else:
+        line = "no collapse"
+    if report["assignment"]["verdict"] == "still uniform":
+        line += ", and the assignments are still uniform"
+        found.append("assignment")
+    reasons = []
+    for mode in found:
+        number = f"{report[mode]['number']:.2g}"
+        threshold = report[mode]["threshold"]
+        reasons.append(f"{FINDINGS[mode].format(number)}, below {threshold:g}")
+    if reasons:
+        line += f": {'; '.join(reasons)}"
+    return line
+
+
+def names_collapse(verdict):
+    """Whether a line of `describe` names a collapse."""
+    return not verdict.startswith("no collapse")
+
+
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of images without augmentation, in eval mode and float32.
@@ -1048,10 +1347,16 @@ def extract(model, images, data, embeddings=True, batch_size=500):
     return out
 
 
+@torch.no_grad()
+def count_codes(model, z):
+    """How many codes or prototypes a model with scores has. z is any of its embeddings (n, d)."""
+    return model.scores(z[:1]).shape[1]
+
+
 def assign_codes(model, z):
     """The code with the largest score for each embedding z (n, d), and `normalised_entropy`."""
     # With many codes a few rows at a time: no matrix of scores has more than 16 million entries.
-    c = model.scores(z[:1]).shape[1]
+    c = count_codes(model, z)
     temperature = getattr(model, "temperature", 1)
     codes = []
     entropies = []
@@ -1073,32 +1378,121 @@ def collapse_metrics(model, data):
     """The metrics shown while training, of up to 1000 training images without augmentation.
 
     A dict of numbers: center_norm, effective_rank, correlation, and with codes used_codes and
-    assignment_entropy. They cost less than 2 % of an epoch.
+    assignment_entropy. "verdict" is what `describe` says of their diagnosis, and is missing for
+    fewer than four images. All cost less than 2 % of an epoch.
     """
     count = min(1000, max(150, len(data.images) // 20))
     some = evenly_spaced(data.images, count)
-    out = extract(model, data.images[some], data)
+    with without_initial_statistics(model):
+        out = extract(model, data.images[some], data)
     z = out["embedding"]
     if not z.isfinite().all():
         return {"center_norm": math.nan}  # stops the run; eigenvalues of NaN would raise an error
+    norm = center_norm(z)
+    rank = effective_rank(z)
     metrics = {
-        "center_norm": center_norm(z),
-        "effective_rank": effective_rank(z),
+        "center_norm": norm,
+        "effective_rank": rank,
         "correlation": average_correlation(z),
     }
-    if "codes" in out:
-        metrics["used_codes"] = len(torch.unique(out["codes"]))  # few of many: cluster collapse
-        metrics["assignment_entropy"] = out["entropy"].mean().item()
+    codes = out.get("codes")
+    entropy = out.get("entropy")
+    clusters = None
+    if codes is not None:
+        clusters = count_codes(model, z[:1].to(data.mean.device))
+        metrics["used_codes"] = len(torch.unique(codes))  # few of many: cluster collapse
+        metrics["assignment_entropy"] = entropy.mean().item()
+    if len(z) >= 4:
+        inputs = data.images[0].numel()
+        report = diagnose(z, codes, clusters, inputs, entropy, measured=(norm, rank))
+        metrics["verdict"] = describe(report)
     return metrics
 
 
 def knn_monitor(model, data):
-    """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images."""
+    """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images.
+
+    It is None if the data have no labels.
+    """
+    if data.labels is None:
+        return None
     some = evenly_spaced(data.images, 5000)
     some_tests = evenly_spaced(data.test_images, 2000)
     bank = extract(model, data.images[some], data, embeddings=False)["features"]
     queries = extract(model, data.test_images[some_tests], data, embeddings=False)["features"]
     return knn_accuracy(bank, data.labels[some], queries, data.test_labels[some_tests])
+
+
+def batch_norms(model):
+    """The batch norms of a model that keep a running mean."""
+    norms = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            norms.append(module)
+    return norms
+
+
+@torch.no_grad()
+def with_data_statistics(model, data, args, views):
+    """A copy of the model in eval mode, whose new batch norms have the statistics of the data.
+
+    A new batch norm has mean 0 and variance 1. With those, all embeddings of an untrained network
+    look like one point. In the copy it has the mean of the statistics of the first batches that
+    training sees: both augmented views, `views` as in `two_views`, of about 500 images. A batch
+    norm that has other statistics, as those of `--weights`, keeps them. The model itself and all
+    random streams stay as they are. Under torchrun all processes call this, because batch norms use
+    the batch of all of them.
+    """
+    measured = copy.deepcopy(model).eval()
+    new_norms = False
+    for norm in batch_norms(measured):
+        if has_new_statistics(norm):
+            norm.reset_running_stats()
+            norm.momentum = None  # all batches count alike
+            norm.train()
+            new_norms = True
+
+    args = copy.copy(args)
+    args.batch_size = min(args.batch_size, len(data.images))
+    if not new_norms or args.batch_size < 2:
+        return measured
+    count = math.ceil(500 / args.batch_size)
+    for batch in itertools.islice(two_views(data, args, views, epoch=0), count):
+        for x in batch:
+            measured(x)
+    return measured.eval()
+
+
+@contextmanager
+def without_initial_statistics(model):
+    """Within it, the batch norms of a model that has seen few batches lack what they began with.
+
+    A running mean of the statistics of n batches, with momentum m, keeps (1 - m)^n of the mean 0
+    and the variance 1 at its start. In the first steps of a run that makes all embeddings look like
+    one point. Here it is taken out, as Adam does it with its averages. A model without new batches,
+    or with hundreds of them, stays as it is.
+    """
+    before = []
+    for norm in batch_norms(model):
+        if norm.momentum is None:
+            continue
+        rest = (1 - norm.momentum) ** int(norm.num_batches_tracked)
+        if 1e-3 < rest < 1:
+            mean, var = norm.running_mean, norm.running_var
+            before.append((mean, mean.clone(), var, var.clone()))
+            mean.div_(1 - rest)
+            var.sub_(rest).div_(1 - rest).clamp_min_(0)
+    try:
+        yield
+    finally:
+        for mean, old_mean, var, old_var in before:
+            mean.copy_(old_mean)
+            var.copy_(old_var)
+
+
+def has_new_statistics(norm):
+    """Whether a batch norm has the mean 0 and the variance 1 that it is made with."""
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 # --- processes
@@ -1303,6 +1697,12 @@ def add_shared_flags(parser):
         help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]",
     )
     parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start the backbone from these: a state_dict of torchvision or a last.pt, or any file "
+        "whose names fit after one prefix",
+    )
+    parser.add_argument(
         "--projector-dim", type=bounded_int(4), default=2048, help="width of the projector"
     )
     parser.add_argument(
@@ -1371,7 +1771,24 @@ def add_shared_flags(parser):
         help="epochs between measurements of kNN accuracy",
     )
     parser.add_argument(
-        "--save-every", type=bounded_int(1), default=1, help="epochs between checkpoints"
+        "--save-every",
+        type=bounded_int(1),
+        default=1,
+        help="epochs between checkpoints; each overwrites last.pt",
+    )
+    parser.add_argument(
+        "--keep-every",
+        type=bounded_int(0),
+        default=0,
+        help="epochs between checkpoints that stay, as epoch-0050.pt; 0: none",
+    )
+    parser.add_argument(
+        "--stop-on-collapse",
+        type=bounded_int(0),
+        default=0,
+        metavar="N",
+        help="stop with exit status 3 after N epochs in a row with a collapse; 0: never. Some "
+        "methods pass through one in their first epochs",
     )
     parser.add_argument("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
     parser.add_argument(
@@ -1379,6 +1796,30 @@ def add_shared_flags(parser):
         action="store_true",
         help="go on from the run folder's checkpoint, if there is one",
     )
+
+
+def make_parser(add_flags, defaults, dataset=None, paper=False, doc=None):
+    """A parser of all flags of a script, with the defaults that `parse_args` describes.
+
+    `add_flags`, `defaults` and `doc` are the script's, as in `parse_args`.
+    """
+    parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
+    own = parser.add_argument_group("flags of this method")
+    shared = parser.add_argument_group("flags of all methods")
+    add_shared_flags(shared)
+    add_flags(own)
+    if "paper" in defaults:
+        own.add_argument(
+            "--paper",
+            action="store_true",
+            help="the paper's settings, for flags that are not given",
+        )
+    dataset = dataset or parser.get_default("dataset")
+    parser.set_defaults(**DATASET_DEFAULTS.get(dataset, {}))
+    parser.set_defaults(**defaults.get(dataset, {}))
+    if paper:
+        parser.set_defaults(**defaults.get("paper", {}))
+    return parser
 
 
 def parse_args(file, doc, add_flags, defaults):
@@ -1394,31 +1835,18 @@ def parse_args(file, doc, add_flags, defaults):
     5. with --paper, the paper's settings: DEFAULTS["paper"];
     6. the command line.
 
-    The flag --paper is there only if the script has DEFAULTS["paper"]. The program ends with one
-    line if a flag is unknown, out of bounds, or does not go with the others.
+    The flag --paper is there only if the script has DEFAULTS["paper"]. `defaults` of the result,
+    which is no flag, holds what the flags would be without step 6. The program ends with one line
+    if a flag is unknown, out of bounds, or does not go with the others.
     """
-    parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
-    own = parser.add_argument_group("flags of this method")
-    shared = parser.add_argument_group("flags of all methods")
-    add_shared_flags(shared)
-    add_flags(own)
-    if "paper" in defaults:
-        own.add_argument(
-            "--paper",
-            action="store_true",
-            help="the paper's settings, for flags that are not given",
-        )
-
     # Two flags are read first, because they change the defaults, which --help then shows.
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=parser.get_default("dataset"))
+    first.add_argument("--dataset")
     first.add_argument("--paper", action="store_true")
     known, _ = first.parse_known_args()
-    parser.set_defaults(**DATASET_DEFAULTS.get(known.dataset, {}))
-    parser.set_defaults(**defaults.get(known.dataset, {}))
-    if known.paper:
-        parser.set_defaults(**defaults.get("paper", {}))
+    parser = make_parser(add_flags, defaults, known.dataset, known.paper, doc)
     args = parser.parse_args()
+    args.defaults = vars(parser.parse_args([]))
 
     args.method = Path(file).stem
     recipe = parser.get_default("optimizer")
@@ -1439,6 +1867,43 @@ def parse_args(file, doc, add_flags, defaults):
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     args.out = args.out or f"runs/{args.method}-{args.dataset}-seed{args.seed}"
     return args
+
+
+def flags_of(args):
+    """The flags that `parse_args` gave, and `method`, as a dict for the checkpoint."""
+    return {name: value for name, value in vars(args).items() if name != "defaults"}
+
+
+def complete_args(state, defaults):
+    """The flags of a checkpoint, made those of today's script: a dict {name: value}.
+
+    `defaults` are those of all flags of the script. A flag that the checkpoint lacks has its
+    default, and one that the script no longer has is left out. Each is said in one line on stderr.
+    """
+    saved = state["args"]
+    lacking = {name: value for name, value in defaults.items() if name not in saved}
+    unknown = [name for name in saved if name not in defaults and name != "method"]
+    complete = {name: value for name, value in saved.items() if name not in unknown}
+    complete |= lacking
+    which = f"the checkpoint of {state['method']} at epoch {state['epoch']}"
+    if lacking:
+        flags = ", ".join(f"{flag_of(name)} {value}" for name, value in lacking.items())
+        tell(f"{which} lacks flags of today, which have their defaults: {flags}")
+    if unknown:
+        flags = ", ".join(flag_of(name) for name in unknown)
+        tell(f"{which} has flags that are no more, which are ignored: {flags}")
+    return complete
+
+
+def flag_of(name):
+    """A flag as it is typed, from its name in `args`."""
+    return f"--{name}".replace("_", "-")
+
+
+def tell(line):
+    """Prints a line on stderr, by one of the processes."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 # --- the run
@@ -1578,7 +2043,9 @@ def atomic_write(path, write):
 def load_checkpoint(path):
     """The checkpoint at `path`, a file or a run folder, on the CPU.
 
-    Ends the program with one line if there is none, or if it is damaged or something else.
+    What older ones lack is None: the pixels' "mean" and "std", the image "size", the data's
+    "fingerprint", and how many "images" it has. Ends the program with one line if there is none, or
+    if it is damaged or something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -1596,9 +2063,13 @@ def load_checkpoint(path):
         "model": dict,
         "backbone": dict,
     }
+    about_data = {"mean": list, "std": list, "size": int, "fingerprint": str, "images": int}
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, kind in about_data.items():
+            if state.setdefault(name, None) is not None:
+                kinds[name] = kind
         wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # torch.load raises half a dozen kinds of them on damaged files
         why = type(error).__name__
@@ -1611,6 +2082,14 @@ def load_checkpoint(path):
     return state
 
 
+def first_reason(error):
+    """The line of an error's text that says what is wrong."""
+    lines = str(error).splitlines()
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):  # by load_state_dict
+        return lines[1].strip()
+    return lines[0] if lines else ""
+
+
 def check_archive(path):
     """Raises an error if a zip file is damaged in a way that torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
@@ -1621,13 +2100,19 @@ def check_archive(path):
                 raise ValueError("an entry is marked as a folder, of which torch reads nothing")
 
 
-def open_run(args, model, optimizer, data):
+def open_run(args, model, optimizer, data, views):
     """Begins a run in the folder `args.out`, or goes on with the one there, and returns it.
 
-    Ends the program with one line if the folder cannot be written to, if another process trains
-    there, or if it holds a run that cannot or should not be continued.
+    Prints what was understood. `views` are the script's, as in `two_views`. Ends the program with
+    one line if the folder cannot be written to, if another process trains there, or if it holds a
+    run that cannot or should not be continued.
     """
     run = Run(args, model, optimizer, data)
+    first_lines = [*data.summary, describe_network(args, model, data.mean.device)]
+    if not run.checkpoint.exists():  # else the checkpoint wins
+        run.check_batch_size()
+        if args.weights:
+            first_lines.append(load_weights(model, args))
     if rank() == 0:
         run.lock()
     if run.checkpoint.exists():
@@ -1637,13 +2122,45 @@ def open_run(args, model, optimizer, data):
                 "add --resume to continue it, or choose another --out"
             )
         run.load()
+    if rank() == 0:
+        print("\n".join(first_lines))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
+    if not run.lines:
+        untrained = with_data_statistics(model, data, args, views)
+        if rank() == 0:
+            run.measure_untrained(untrained)
     if rank() == 0:
         run.begin_log()
     hide_bar = None if rank() == 0 else True  # None hides it where there is no terminal
     run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=hide_bar)
     return run
+
+
+def describe_network(args, model, device):
+    """A line on the network and on what it runs on."""
+    name = args.backbone
+    if args.width:
+        name += f", width {args.width}"
+    where = device.type
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    if world_size() > 1:
+        where = f"{world_size()} x {where}"
+    backbone = count_parameters(model.backbone)
+    head = count_parameters(model.head)
+    return (
+        f"{name}: {backbone} parameters in the backbone, {head} in the head; "
+        f"{where}, {args.precision}"
+    )
+
+
+def count_parameters(module):
+    """How many parameters a module has, as text, in millions from 0.1 million on."""
+    count = sum(p.numel() for p in module.parameters())
+    if count < 100_000:
+        return str(count)
+    return f"{count / 1e6:.2f} M"
 
 
 class Run:
@@ -1653,15 +2170,16 @@ class Run:
     pass of the training loop. Until then it is the number of steps before this one, and so `lr`,
     `cosine` and the scripts read it.
 
-    The folder holds log.jsonl (first line: command, flags, versions, device; then one line for each
-    epoch) and last.pt, the checkpoint. Ctrl-C and SIGTERM save after the step in progress and exit.
-    Without --resume a folder that holds a run is refused.
+    The folder holds run.json (command, flags, versions, device and data), log.jsonl (one line for
+    each epoch, the first for the untrained network, epoch 0) and last.pt, the checkpoint. Ctrl-C
+    and SIGTERM save after the step in progress and exit. Without --resume a folder that holds a run
+    is refused.
     """
 
     # The flags that may differ when a run is continued.
     MAY_CHANGE = {
         "data_dir", "epochs", "device", "precision", "compile",
-        "eval_every", "save_every", "out", "resume",
+        "eval_every", "save_every", "keep_every", "stop_on_collapse", "out", "resume",
     }  # fmt: skip
 
     def __init__(self, args, model, optimizer, data):
@@ -1672,12 +2190,7 @@ class Run:
         self.checkpoint = Path(args.out, "last.pt")
         self.log = Path(args.out, "log.jsonl")
 
-        self.steps_per_epoch = len(data.labels) // args.batch_size
-        if self.steps_per_epoch == 0:
-            fail(
-                f"--batch-size {args.batch_size} is larger than "
-                f"the training set of {len(data.labels)} images"
-            )
+        self.steps_per_epoch = len(data.images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         warmup_epochs = args.warmup_epochs
         if warmup_epochs is None:
@@ -1686,9 +2199,32 @@ class Run:
 
         self.step = 0
         self.sums = {}  # each loss term, summed over the steps of the epoch
-        self.lines = []  # the lines of the log
+        self.lines = []  # the lines of the log, one for each epoch from 0 on
+        self.header = {
+            "argv": sys.argv,
+            "args": flags_of(args),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "torchvision": str(torchvision.__version__),
+                "numpy": str(np.__version__),
+            },
+            "device": data.mean.device.type,
+            "processes": world_size(),
+            "data": data.summary,
+        }
+        if data.mean.is_cuda:
+            self.header["device"] = torch.cuda.get_device_name()
         self.stop_signal = 0  # the number of the signal that has come
         self.bar = None  # the progress bar; `open_run` makes it when `step` is known
+
+    def check_batch_size(self):
+        """Ends the program with one line if the data do not fill a batch."""
+        if self.steps_per_epoch == 0:
+            fail(
+                f"--batch-size {self.args.batch_size} is larger than "
+                f"the training set of {len(self.data.images)} images"
+            )
 
     def cosine(self, start, end, after=0):
         """A number that goes from `start` at step `after` to `end` at the last, on a half cosine.
@@ -1739,7 +2275,8 @@ class Run:
     def end_epoch(self, epoch, metrics):
         """Writes the epoch's line to the log and the screen, and the checkpoint.
 
-        Stops like `end_step`.
+        `metrics` are those of `collapse_metrics`. Stops like `end_step`, and, with
+        --stop-on-collapse, if the last epochs all had a collapse.
         """
         done = epoch + 1
         is_last = done == self.args.epochs
@@ -1750,33 +2287,96 @@ class Run:
         images = (self.step - self.epoch_start_step) * self.args.batch_size
         line["images_per_second"] = images / self.epoch_seconds
         if rank() == 0:
+            knn = None
             if done % self.args.eval_every == 0 or is_last:
-                line["knn"] = knn_monitor(self.model, self.data)
+                knn = knn_monitor(self.model, self.data)
+            if knn is not None:
+                line["knn"] = knn
+            self.print_epoch(line)
             self.lines.append(line)
-            self.write_log()
-            hidden = ("epoch", "lr", "images_per_second")
-            shown = [f"{name} {value:.4g}" for name, value in line.items() if name not in hidden]
-            tqdm.write(f"epoch {done}/{self.args.epochs}  {'  '.join(shown)}")
+            self.append_to_log(line)
         self.sums = {}
-        if done % self.args.save_every == 0 or is_last:
+        collapsed = self.collapsed_for_long()
+        if done % self.args.save_every == 0 or is_last or collapsed:
             self.save()
+        if self.args.keep_every and done % self.args.keep_every == 0:
+            self.save(self.checkpoint.with_name(f"epoch-{done:04d}.pt"))
+        if collapsed:
+            self.leave(
+                3,
+                f"stopped, because the last {self.args.stop_on_collapse} epochs had a collapse; "
+                f"saved {self.checkpoint}; python analyze.py {self.checkpoint.parent} shows it",
+            )
         if not is_last:
             self.stop_if_told(ask=True)
+
+    def print_epoch(self, line):
+        """Prints an epoch's numbers, and its verdict if that is another one than before."""
+        shown = []
+        for name, value in line.items():
+            if name not in ("epoch", "lr", "images_per_second", "verdict"):
+                shown.append(f"{name} {value:.4g}")
+        tqdm.write(f"epoch {line['epoch']}/{self.args.epochs}  {'  '.join(shown)}")
+
+        before = self.lines[-1].get("verdict", "no collapse")
+        if self.lines[-1]["epoch"] == 0:
+            before = "no collapse"  # what an untrained network has is not the method's doing
+        now = line.get("verdict", "no collapse")
+        # Before the colon stand the modes of collapse, after it their numbers.
+        if now.split(":")[0] == before.split(":")[0]:
+            return
+        if now == "no collapse" and names_collapse(before):
+            now = "no collapse any more"
+        elif now == "no collapse":
+            now = "the assignments are not uniform any more"
+        tqdm.write(f"epoch {line['epoch']}: {now}")
+
+    def collapsed_for_long(self):
+        """Whether the last epochs, as many as --stop-on-collapse, all had a collapse.
+
+        All processes get the answer of the first, which has the log.
+        """
+        limit = self.args.stop_on_collapse
+        if not limit:
+            return False
+        count = 0
+        for line in reversed(self.lines[1:]):  # without the untrained network
+            if not names_collapse(line.get("verdict", "no collapse")):
+                break
+            count += 1
+        collapsed = count >= limit
+        if world_size() > 1:
+            answer = torch.tensor(int(collapsed), device=self.data.mean.device)
+            dist.broadcast(answer, 0)
+            collapsed = answer.item() == 1
+        return collapsed
+
+    def leave(self, status, line):
+        """Ends all processes with this exit status, and prints a line."""
+        self.bar.close()
+        if rank() == 0:
+            print(f"\n{line}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(status)
 
     def finish(self):
         """Prints what the run has come to, and the next command."""
         self.bar.close()
         if rank() == 0:
-            untrained = self.lines[1]  # after the header
+            untrained = self.lines[0]
             trained = self.lines[-1]
             names = ["knn", "center_norm", "effective_rank", "correlation"]
             names += ["used_codes", "assignment_entropy"]
             print()
             for name in names:
-                if name in trained:
+                if name in trained and name in untrained:
                     before, after = untrained[name], trained[name]
                     print(f"{name:<18} {before:<6.3g} untrained, {after:.3g} trained")
+            if "verdict" in trained:
+                print(f"\nverdict: {trained['verdict']}")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
+            print(f"      python analyze.py {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1790,7 +2390,7 @@ class Run:
     def check_finite(self, values):
         """Stops the run if one of the values is infinite or NaN. The last checkpoint stays."""
         for name, value in values.items():
-            if math.isfinite(value):
+            if name == "verdict" or math.isfinite(value):
                 continue
             epoch = (self.step - 1) // self.steps_per_epoch + 1
             message = f"{self.args.method}: {name} is {value} in epoch {epoch}"
@@ -1822,12 +2422,10 @@ class Run:
             return
         self.check_finite(self.means(1))  # before a network that is lost replaces the checkpoint
         self.save()
-        self.bar.close()
-        if rank() == 0:
-            print(f"\nstopped, saved {self.checkpoint}; the same command with --resume goes on")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(128 + number)
+        self.leave(
+            128 + number,
+            f"stopped, saved {self.checkpoint}; the same command with --resume goes on",
+        )
 
     def lock(self):
         """Makes the run folder, and locks it as long as this process lives, however it ends."""
@@ -1847,48 +2445,53 @@ class Run:
         except OSError:
             pass  # a file system without locks
 
+    def measure_untrained(self, model):
+        """The first line of a new log, of the model before training."""
+        line = {"epoch": 0}
+        knn = knn_monitor(model, self.data)
+        if knn is not None:
+            line["knn"] = knn
+        line |= collapse_metrics(model, self.data)
+        self.lines = [line]
+
     def begin_log(self):
-        """Writes the log up to where the run stands.
+        """Writes run.json, if the run is new, and the log up to where the run stands.
 
-        For a new run that is the header and the metrics of the untrained network.
+        So the log never has more than the run has done.
         """
-        if not self.lines:
-            if self.data.mean.is_cuda:
-                device = torch.cuda.get_device_name()
-            else:
-                device = self.data.mean.device.type
-            header = {
-                "argv": sys.argv,
-                "args": vars(self.args),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": str(torch.__version__),
-                    "torchvision": str(torchvision.__version__),
-                    "numpy": str(np.__version__),
-                },
-                "device": device,
-                "processes": world_size(),
-            }
-            untrained = {"epoch": 0, "knn": knn_monitor(self.model, self.data)}
-            untrained |= collapse_metrics(self.model, self.data)
-            self.lines = [header, untrained]
-        self.write_log()
+        about = self.log.with_name("run.json")
+        if self.step == 0 or not about.exists():
+            header = json.dumps(self.header, indent=2) + "\n"
 
-    def write_log(self):
-        """Writes all lines again, so that the log never has more than the run has done."""
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            def write_header(file):
+                file.write(header.encode())
 
-        def write(file):
-            file.write(text.encode())
+            atomic_write(about, write_header)
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
 
-        atomic_write(self.log, write)
+        def write_lines(file):
+            file.write(lines.encode())
 
-    def save(self):
-        """Writes the checkpoint: tensors, numbers and strings only."""
+        atomic_write(self.log, write_lines)
+
+    def append_to_log(self, line):
+        """Adds an epoch's line to the log. If that fails, the log stays as it was."""
+        text = json.dumps(line) + "\n"
+        length = self.log.stat().st_size
+        try:
+            with open(self.log, "ab") as file:
+                file.write(text.encode())
+        except OSError as error:
+            os.truncate(self.log, length)
+            fail(f"cannot write {str(self.log)!r} ({error})")
+
+    def save(self, path=None):
+        """Writes the checkpoint to `path` [last.pt]: tensors, numbers and strings only."""
+        path = path or self.checkpoint
         if rank() == 0:
             state = {
                 "method": self.args.method,
-                "args": vars(self.args),
+                "args": flags_of(self.args),
                 "lines": self.lines,
                 "epoch": self.step // self.steps_per_epoch,
                 "step": self.step,
@@ -1896,12 +2499,17 @@ class Run:
                 "model": self.model.state_dict(),
                 "backbone": self.model.backbone.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "mean": self.data.mean.tolist(),
+                "std": self.data.std.tolist(),
+                "size": self.data.size,
+                "fingerprint": self.data.fingerprint,
+                "images": len(self.data.images),
             }
 
             def write(file):
                 torch.save(state, file)
 
-            atomic_write(self.checkpoint, write)
+            atomic_write(path, write)
         if world_size() > 1:
             # Nobody leaves before the file is written, because torchrun would then end the writer.
             dist.barrier()
@@ -1909,7 +2517,7 @@ class Run:
     def load(self):
         """Brings model, optimizer and step to where the checkpoint stands.
 
-        Refuses a checkpoint of another run.
+        Refuses a checkpoint of another run. Says so if the run becomes longer than it was meant.
         """
         state = load_checkpoint(self.checkpoint)
         if state["method"] != self.args.method:
@@ -1917,14 +2525,16 @@ class Run:
                 f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: "
                 "choose another --out"
             )
-        for name, now in vars(self.args).items():
-            then = state["args"].get(name)
+        flags = complete_args(state, self.args.defaults)
+        for name, now in flags_of(self.args).items():
+            then = flags.get(name)
             if name not in self.MAY_CHANGE and now != then:
-                flag = f"--{name.replace('_', '-')}"
                 fail(
-                    f"{self.checkpoint} has {flag} {then}, not {now}: "
+                    f"{self.checkpoint} has {flag_of(name)} {then}, not {now}: "
                     "change it or choose another --out"
                 )
+        self.check_data(state)
+        self.check_batch_size()
         if state["step"] > self.total_steps:
             fail(
                 f"{self.checkpoint} has done {state['epoch']} epochs already, "
@@ -1936,7 +2546,39 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
             self.lines = [dict(line) for line in state["lines"]]
+            if "epoch" not in self.lines[0]:  # older runs kept there what is in run.json now
+                self.header = self.lines.pop(0)
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         except Exception as error:  # of any kind, if the file holds other things than `save` writes
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = f"{type(error).__name__}: {first_reason(error)}"
             fail(f"{self.checkpoint} does not fit this model ({why})")
+        if flags["epochs"] < self.args.epochs:
+            self.tell_of_longer_schedule(flags["epochs"])
+
+    def check_data(self, state):
+        """Ends the program with one line if the checkpoint was trained on other images."""
+        now = len(self.data.images)
+        then = state["images"]
+        if state["fingerprint"] in (None, self.data.fingerprint):
+            return
+        if then != now:
+            what = f"{then} images, and there are {now} now"
+        else:
+            what = "other images: the files or their order changed"
+        fail(
+            f"{self.checkpoint} was trained on {what}; bring the data back or choose another --out"
+        )
+
+    def tell_of_longer_schedule(self, epochs):
+        """Says how the schedules jump if a run that was meant for `epochs` is to be longer."""
+        before = self.optimizer.param_groups[0]["lr"]
+        now = self.lr()
+        if now <= before:
+            return
+        line = (
+            f"the run was meant for {epochs} epochs: with --epochs {self.args.epochs} its learning "
+            f"rate goes from {before:.2g} back up to {now:.2g}"
+        )
+        if hasattr(self.model, "teacher"):
+            line += ", and its teacher's momentum falls back"
+        tell(f"{line}; to avoid that, choose the final --epochs from the start")

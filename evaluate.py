@@ -81,22 +81,21 @@ def as_flags(args):
 
 
 def check_flags(path, state):
-    """Ends the program with one line if the flags of a checkpoint are not those of its script, or
-    if it holds another network than they describe."""
+    """Makes the flags of a checkpoint those of today's script, as `common.complete_args` does. Ends
+    the program with one line if they are no values of that script's flags, or if the checkpoint
+    holds another network than they describe."""
     method = load_method(state["method"])
 
     def refuse(why):
         script = f"{state['method']}.py"
         common.fail(f"the flags in {str(path)!r} are not those of {script}: {why}")
 
-    parser = common.Parser(add_help=False, allow_abbrev=False)
+    dataset = str(state["args"].get("dataset"))
+    paper = bool(state["args"].get("paper"))
+    parser = common.make_parser(method.add_flags, method.DEFAULTS, dataset, paper)
     parser.error = refuse
-    common.add_shared_flags(parser)
-    method.add_flags(parser)
+    state["args"] = common.complete_args(state, vars(parser.parse_args([])))
     args = parser.parse_args(as_flags(state["args"]))
-    missing = vars(args).keys() - state["args"].keys()
-    if missing:
-        refuse(f"it lacks {min(missing)!r}")
     # The text "16" reads as the number 16, but it is another value.
     for name, value in vars(args).items():
         if state["args"][name] != value:
@@ -106,7 +105,7 @@ def check_flags(path, state):
         with torch.device("meta"):
             method.Model(args).load_state_dict(state["model"], assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        why = str(error).splitlines()[0]
+        why = common.first_reason(error)
         common.fail(f"{str(path)!r} does not fit methods/{state['method']}.py: {why}")
 
 
@@ -130,7 +129,8 @@ def checkpoint_args(state, options):
 
 
 def build_model(state, device, trained=True):
-    """The model of a checkpoint in eval mode. With trained=False it is as before training."""
+    """The model of a checkpoint in eval mode. With trained=False it is as before training, with new
+    batch norms: see `common.with_data_statistics`."""
     args = argparse.Namespace(**state["args"])
     torch.manual_seed(args.seed)
     try:
@@ -140,6 +140,8 @@ def build_model(state, device, trained=True):
         common.fail(f"no memory for the network of methods/{state['method']}.py: {why}")
     if trained:
         model.load_state_dict(state["model"])
+    elif args.weights:
+        common.load_weights(model, args)
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -188,7 +190,11 @@ def networks(jobs, options, device):
         if needed != loaded:
             data = common.load_data(args, device)
             loaded = needed
-        yield build_model(state, device, trained), data
+        model = build_model(state, device, trained)
+        if not trained:
+            views = load_method(state["method"]).VIEWS
+            model = common.with_data_statistics(model, data, args, views)
+        yield model, data
 
 
 def check_finite(path, *outputs):
