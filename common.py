@@ -562,7 +562,7 @@ def read_images(args, root, split, names, size):
         place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
         prefix = f"{args.dataset}-{place}-{split}-{size}-"  # several roots may share the folder
     damaged_list = folder / f"{prefix}damaged.txt"
-    files = [(name, *size_and_time(root / name)) for name in names]
+    files = [(name, *size_and_time(os.path.join(root, name))) for name in names]
     with first_on_machine() as first:
         if first:
             decode_images(folder, prefix, root, files, size)
