@@ -24,11 +24,12 @@ temperature   Only if there are scores, and 1 if it is missing: softmax(scores /
 teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it.
               `--compile` compiles its `forward`, and that of the model.
 
-Parameters and buffers hold everything that training changes, because they are what the checkpoint
-keeps. The parameters that learn have `requires_grad` when `build_optimizer` is called. Before
-`gather`, only batch norms of torch.nn mix the rows of a batch. Nothing with parameters comes after
-`gather`. Random numbers within a step come from a generator of (seed, step), because the checkpoint
-does not hold the state of torch's own generator.
+Parameters and buffers hold all that training changes, because the checkpoint keeps nothing else of
+the model. The parameters that learn require a gradient when `build_optimizer` is called. Layers
+with parameters come before `gather`. Before it, nothing may mix the rows of a batch but the batch
+norms of torch.nn, which `to_device` lets see the batch of all processes. Random numbers within a
+step come from a generator seeded by seed and step, because the checkpoint does not hold the state
+of torch's own generator.
 """
 
 import argparse
@@ -843,9 +844,9 @@ def two_views(data, args, views, epoch, first=0):
     order = order[: steps * args.batch_size].view(steps, args.batch_size)
     order = order[first:]
     if data.images.ndim == 2:
-        yield from views_of_points(data, args, order, epoch, first)
+        yield from views_of_points(data, args, remaining, epoch, first)
     else:
-        yield from views_of_images(data, args, views, order, epoch, first)
+        yield from views_of_images(data, args, views, remaining, epoch, first)
 
 
 def own_share(batch_size):
@@ -971,9 +972,10 @@ def draw_augmentation(n, settings, size, draw, source=None, rows=slice(None)):
 
     They are a dict of CPU tensors with n rows: "crop" (top, left, height, width), "flip",
     "grayscale" and "solarize" (yes or no), "brightness", "contrast" and "saturation" (factors),
-    "hue" (turns), "sigma" of the blur (pixels, 0: none), "noise" (n, 3, size, size). What is off
-    in the settings may be missing. "order", the order of the four color operations, is one list
-    for all images. `source` None is `size`. `rows` selects the rows that are returned.
+    "hue" (turns), "sigma" of the blur (pixels, 0: none), "noise" (n, 3, size, size). "sigma",
+    "solarize" and "noise" are missing if the settings have them off. "order" is the order of the
+    four color operations, one list for all images. `source` None means `size`. Of all n rows that
+    are drawn, `rows` are returned.
     """
     source = source or size
     parameters = {}
@@ -1006,17 +1008,20 @@ def draw_augmentation(n, settings, size, draw, source=None, rows=slice(None)):
 
 
 def draw_shifts(n, padding, source, draw):
-    """Crops (n, 4) as large as the image, shifted by up to `padding` pixels along each side."""
+    """Crops (n, 4) as large as the image, shifted by up to `padding` pixels in each direction.
+
+    The columns are top, left, height, width.
+    """
     top, left = uniform(0, 2 * padding + 1, (2, n), draw).long() - padding
     side = torch.full((n,), source)
     return torch.stack([top, left, side, side], 1)
 
 
 def draw_crops(n, scale, ratio, source, draw):
-    """Random crops (n, 4) within the image: top, left, height, width.
+    """Random crops (n, 4) within the image, by area and aspect ratio.
 
-    Ten are tried for each image. The first that fits is taken, or else the whole image, which is
-    torchvision's way, too.
+    The columns are top, left, height, width. Ten crops are tried for each image, as in torchvision.
+    The first that fits is taken, and if none fits, the whole image.
     """
     area = uniform(scale[0], scale[1], (10, n), draw) * source**2
     log_ratio = uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n), draw)
@@ -1494,9 +1499,10 @@ def rank():
 
 @contextmanager
 def first_on_machine():
-    """Lets the first process of each machine go first, to write what the others then find.
+    """A context that the first process of each machine passes through before the others.
 
-    As a context it gives whether this process is that one. The others enter it when it has left.
+    So it can write what the others then find. The context's value is whether this process is the
+    first one.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", rank()))
     first = local_rank == 0
@@ -1508,10 +1514,10 @@ def first_on_machine():
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes: from x (n / k, ...) to (n, ...).
+    """The rows of all k processes, from x (n / k, ...) to (n, ...).
 
-    Backward, a process gets the gradient of its own rows. If the processes compute different
-    things from the rows, `summed` adds up what all of them have as gradient for these rows.
+    Backward, a process gets the gradient of its own rows. If all processes compute the same from
+    the rows, it has this gradient already. If not, `summed` adds up what each of them has.
     """
 
     @staticmethod
@@ -1588,8 +1594,7 @@ def sum_gradients(model):
 
 # --- the flags
 
-# What a data set brings along where neither the command line nor the script's own table says more
-# (see `parse_args`).
+# Defaults of a data set for all methods. `parse_args` says what replaces what.
 DATASET_DEFAULTS = {
     "blobs": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
     "moons": {"backbone": "mlp", "epochs": 30, "batch_size": 128, "projector_dim": 16},
@@ -1905,7 +1910,7 @@ def set_up(args):
 
 
 def exit_on_signal(number, frame):
-    """Until the run is open there is nothing to save."""
+    """Ends the program at once: until the run is open, there is nothing to save."""
     sys.exit(128 + number)
 
 
@@ -1986,9 +1991,9 @@ def load_checkpoint(path):
         )
     kinds = {
         "method": str,
+        "args": dict,
         "epoch": int,
         "step": int,
-        "args": dict,
         "model": dict,
         "backbone": dict,
     }
@@ -2037,7 +2042,7 @@ def open_run(args, model, optimizer, data):
         signal.signal(number, run.on_signal)
     if rank() == 0:
         run.begin_log()
-    hide_bar = None if rank() == 0 else True  # None: where the output is not a terminal
+    hide_bar = None if rank() == 0 else True  # None hides it where there is no terminal
     run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=hide_bar)
     return run
 
@@ -2045,8 +2050,9 @@ def open_run(args, model, optimizer, data):
 class Run:
     """A training run: its schedules, folder, log, checkpoint and progress bar.
 
-    `step` counts the optimizer's steps. `end_step` adds 1 to it, at the end of each pass of the
-    loop. Until then `lr` and `cosine` read it as the number of steps done before the present one.
+    `step` counts the optimizer's steps, over all epochs. `end_step` adds 1 to it at the end of each
+    pass of the training loop. Until then it is the number of steps before this one, and so `lr`,
+    `cosine` and the scripts read it.
 
     The folder holds log.jsonl (first line: command, flags, versions, device; then one line for each
     epoch) and last.pt, the checkpoint. Ctrl-C and SIGTERM save after the step in progress and exit.
@@ -2081,10 +2087,10 @@ class Run:
         self.warmup_steps = max(1, round(warmup_epochs * self.steps_per_epoch))
 
         self.step = 0
-        self.sums = {}  # of each loss term over the steps of the epoch
-        self.lines = []  # of the log
-        self.stop_signal = 0  # the number of a signal that has come
-        self.bar = None  # `open_run` makes it when `step` is known
+        self.sums = {}  # each loss term, summed over the steps of the epoch
+        self.lines = []  # the lines of the log
+        self.stop_signal = 0  # the number of the signal that has come
+        self.bar = None  # the progress bar; `open_run` makes it when `step` is known
 
     def cosine(self, start, end, after=0):
         """A number that goes from `start` at step `after` to `end` at the last, on a half cosine.
@@ -2170,8 +2176,8 @@ class Run:
             print()
             for name in names:
                 if name in trained:
-                    before = f"{untrained[name]:.3g}"
-                    print(f"{name:<18} {before:<6} untrained, {trained[name]:.3g} trained")
+                    before, after = untrained[name], trained[name]
+                    print(f"{name:<18} {before:<6.3g} untrained, {after:.3g} trained")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2216,7 +2222,7 @@ class Run:
             number = largest.item()  # a signal that came meanwhile stays for the next time
         if not number:
             return
-        self.check_finite(self.means(1))  # the sums
+        self.check_finite(self.means(1))  # before a network that is lost replaces the checkpoint
         self.save()
         self.bar.close()
         if rank() == 0:
