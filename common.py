@@ -838,11 +838,12 @@ def two_views(data, args, views, epoch, first=0):
     (n, 2), where n is this process's share of the batch. The last, short batch is left out. All
     depends only on seed, epoch and step, so that a resumed run sees the same batches.
     """
-    # The rows of the data set that each step takes: (steps, batch size).
-    steps = len(data.images) // args.batch_size
-    order = torch.randperm(len(data.images), generator=generator(args.seed, epoch))
-    order = order[: steps * args.batch_size].view(steps, args.batch_size)
-    order = order[first:]
+    n = len(data.images)
+    steps = n // args.batch_size
+    permutation = torch.randperm(n, generator=generator(args.seed, epoch))
+    whole_batches = permutation[: steps * args.batch_size]
+    order = whole_batches.view(steps, args.batch_size)  # the images of each step
+    remaining = order[first:]
     if data.images.ndim == 2:
         yield from views_of_points(data, args, remaining, epoch, first)
     else:
