@@ -33,6 +33,7 @@ of torch's own generator.
 """
 
 import argparse
+import collections
 import copy
 import functools
 import hashlib
@@ -41,12 +42,15 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
+import uuid
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +62,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -89,7 +92,23 @@ def uniform(low, high, shape, draw):
 
 TOYS = ("blobs", "moons")
 DATASETS = ("cifar10", "cifar100", "svhn", "imagenet100", "folder", "shapes", *TOYS)
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+# Files with these endings are images, if the installed Pillow reads them.
+IMAGE_ENDINGS = """
+.jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .tif .tiff .bmp .dib .jp2 .j2k .jpx .jpf .j2c
+.ppm .pgm .pbm .pnm .tga .qoi
+""".split()
+
+# How an image is turned upright, by its EXIF orientation. (`ImageOps.exif_transpose` of Pillow also
+# writes the EXIF data anew, which fails where another entry is damaged.)
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # The 100 classes that "Contrastive Multiview Coding" (Tian et al., 2020) drew from ImageNet.
 IMAGENET100 = """
@@ -110,15 +129,19 @@ n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 
 class Data:
     """A data set. Training and test images are uint8 (N, 3, H, W), points are float32 (N, 2).
 
-    Labels are int64 (N,), places in the list `classes`. `mean` and `std` are those of the training
-    set: of each color (3,) of pixels in [0, 1], or of each coordinate (2,). The network sees `size`
-    × `size` pixels. Of larger images it sees the middle.
+    Labels are int64 (N,), places in the list `classes`. They are None, and `classes` is empty, if
+    the data set has no labels. `mean` and `std` are those of the training set: of each color (3,)
+    of pixels in [0, 1], or of each coordinate (2,). The network sees `size` × `size` pixels. Of
+    larger images it sees the middle.
+
+    The lines of `summary` say what was understood. `fingerprint` changes when the training images
+    or their order change. For a folder, the names are the images' paths relative to it.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     test_images: torch.Tensor
-    test_labels: torch.Tensor
+    test_labels: torch.Tensor | None
     classes: list
     mean: torch.Tensor
     std: torch.Tensor
@@ -146,6 +169,7 @@ def load_data(args, device):
     then stay in a memory-mapped file.
     """
     size = args.image_size
+    details = {}  # the fields of `Data` that only a folder has
     if args.dataset in TOYS:
         train = draw_toy(args.dataset, 1500, seed=0)
         test = draw_toy(args.dataset, 600, seed=1)
@@ -155,11 +179,20 @@ def load_data(args, device):
         test = draw_shapes(1000, size, seed=1)
         classes = list(SHAPES)
     elif args.dataset in ("folder", "imagenet100"):
-        train, test, classes = read_folder(Path(args.data_dir), size, args.dataset)
+        train, test, classes, details = read_folder(args)
     else:
         train, test, classes = read_torchvision(args)
     images, labels = train
     test_images, test_labels = test
+    if not details:
+        kind = "points" if images.ndim == 2 else "images"
+        details = {
+            "summary": [
+                f"{args.dataset}: {len(images)} {kind} of {len(classes)} classes, "
+                f"{len(test_images)} test {kind}"
+            ],
+            "fingerprint": f"{args.dataset}-{size}-{len(images)}",
+        }
 
     sample = images[:: 1 + images.nbytes // 50_000_000]  # a part of a large set is enough
     if sample.ndim == 2:
@@ -167,9 +200,6 @@ def load_data(args, device):
     else:
         std, mean = torch.std_mean(sample / 255, (0, 2, 3))
     std = std.clamp_min(1e-3)  # a channel may be constant
-    summary = [f"{args.dataset}: {len(images)} images"]
-    content = str(images.shape).encode() + sample.contiguous().numpy().tobytes()
-    fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     if device.type == "cuda":
         free_memory, _ = torch.cuda.mem_get_info(device)
@@ -178,14 +208,13 @@ def load_data(args, device):
         fits = True
     if fits:
         images = images.to(device)
-        labels = labels.to(device)
         test_images = test_images.to(device)
-        test_labels = test_labels.to(device)
+        if classes:
+            labels = labels.to(device)
+            test_labels = test_labels.to(device)
     mean = mean.to(device)
     std = std.to(device)
-    return Data(
-        images, labels, test_images, test_labels, classes, mean, std, size, summary, fingerprint
-    )
+    return Data(images, labels, test_images, test_labels, classes, mean, std, size, **details)
 
 
 def read_torchvision(args):
@@ -229,172 +258,511 @@ def read_torchvision(args):
     return splits["train"], splits["test"], classes
 
 
-def read_folder(root, size, dataset):
-    """The images of root/train/<class>/ and root/{val,test}/<class>/.
+def read_folder(args):
+    """The images of the folder `args.data_dir`, for "folder" and "imagenet100".
 
-    `dataset` is "folder", or "imagenet100" for the 100 published classes of an ImageNet folder.
-    Returns (images, labels) of the training set, the same of the test set, and the class names.
-    The images are memory-mapped uint8. Above 64 pixels they are larger than `size`, 256 for 224,
-    because random crops are cut out of them. The program ends with one line if there are no
-    images, or images that cannot be read.
+    "folder" takes the images below train/, and those below val/ or test/ as the test set. Without
+    train/ it takes all images. Without a test set it holds images out (see `by_hash`).
+    "imagenet100" takes the 100 published classes of an ImageNet folder. Returns (images, labels) of
+    the training set, the same of the test set, the class names, and a dict of the other fields of
+    `Data`. Without labels (see `find_classes`) they are None, and there are no class names.
+
+    The images are memory-mapped uint8. Above 64 pixels they are larger than the network sees them,
+    256 for 224, because random crops are cut out of them. The program ends with one line if there
+    are no images, if their labels are not clear, or if some of them cannot be read.
     """
+    root = Path(args.data_dir)
+    others = collections.Counter()
+    if args.dataset == "imagenet100":
+        splits = find_imagenet100(root, others)
+        classes = sorted(IMAGENET100)
+        about_labels = "labels: 100 classes"
+    else:
+        splits = find_splits(root, others)
+        classes, about_labels = find_classes(args.labels, root, splits)
+
+    images, files, about_images = read_splits(args, root, splits)
+    if len(splits) == 2:
+        _, test = splits
+        train_images, train_files = images["train"], files["train"]
+        test_images, test_files = images[test], files[test]
+        counts = f"{len(train_files)} images to train on, {len(test_files)} in {test}/ to test on"
+    else:
+        (split,) = splits
+        n = len(files[split])
+        if n < 2:
+            fail(f"{str(root)!r} holds one image: at least two are needed")
+        held_out = min(5000, max(n // 10, min(4, n // 2)))
+        train_images, train_files = images[split][held_out:], files[split][held_out:]
+        test_images, test_files = images[split][:held_out], files[split][:held_out]
+        counts = f"{len(train_files)} images to train on, {held_out} others held out"
+
+    summary = [f"{args.dataset}: {counts}", about_labels]
+    if "all" in splits and ((root / "val").is_dir() or (root / "test").is_dir()):
+        summary.append("there is no folder train/, so val/ and test/ are folders like all others")
+    if others:
+        kinds = [f"{count} {ending}" for ending, count in others.most_common(5)]
+        if len(others) > 5:
+            kinds.append("...")
+        summary.append(f"skipped, because they are not images: {', '.join(kinds)}")
+    summary += about_images
+
+    train_names = [name for name, _, _ in train_files]
+    test_names = [name for name, _, _ in test_files]
+    train_labels = test_labels = None
+    if classes:
+        depth = 0 if "all" in splits else 1
+        train_labels = labels_of(train_names, classes, depth)
+        test_labels = labels_of(test_names, classes, depth)
+    details = {
+        "summary": summary,
+        # Without the times, which a copy of the folder need not keep.
+        "fingerprint": fingerprint([(name, size) for name, size, _ in train_files]),
+        "train_names": train_names,
+        "test_names": test_names,
+    }
+    return (train_images, train_labels), (test_images, test_labels), classes, details
+
+
+def find_splits(root, others):
+    """The names of the images of each split, as a dict: an image's name is its path below `root`.
+
+    The splits are "train", and "val" or "test" if there is one. Without a folder train/ the only
+    split is "all". Where it is alone, the names stand in the order of `by_hash`. `others` counts
+    the endings of files that are not images.
+    """
+    if not root.is_dir():
+        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
     if (root / "val").is_dir():
         test = "val"
     else:
         test = "test"
-    train_classes = class_folders(root / "train")
-    test_classes = class_folders(root / test)
-    if dataset == "imagenet100":
-        # The others are left out. `labelled_files` refuses a folder that lacks one of these.
-        train_classes = sorted(IMAGENET100)
-        test_classes = train_classes
-    extra = set(test_classes) - set(train_classes)
-    if extra:
-        fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
-    # A label is the class's place in `train_classes`. The test set may lack some of the classes.
-    label_of = {name: label for label, name in enumerate(train_classes)}
-    train_files = labelled_files(root / "train", label_of)
-    test_files = labelled_files(root / test, {name: label_of[name] for name in test_classes})
+    folders = {"all": root}
+    if (root / "train").is_dir():
+        folders = {"train": root / "train"}
+        if (root / test).is_dir():
+            folders[test] = root / test
+    splits = {}
+    for split, folder in folders.items():
+        splits[split] = list_images(root, [folder], others)
+        if not splits[split]:
+            fail(
+                f"no images in {str(folder)!r}: --data-dir must hold images, at any depth, or else "
+                "in train/, and in val/ or test/ if some are to be held out"
+            )
+    if len(splits) == 1:
+        splits[split].sort(key=by_hash)
+    return splits
 
-    if size <= 64:
-        stored_size = size
+
+def by_hash(name):
+    """The place of an image where a part of all images, the first ones, are held out.
+
+    They are the same in every run. After images have come or gone they are mostly the same.
+    """
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
+def find_imagenet100(root, others):
+    """Like `find_splits`, for the 100 classes of an ImageNet folder, which all must have images."""
+    if (root / "val").is_dir():
+        test = "val"
     else:
-        stored_size = size * 8 // 7
-    train_images = read_images(root, "train", train_files, stored_size)
-    test_images = read_images(root, test, test_files, stored_size)
-    train_labels = torch.tensor([label for _, label in train_files])
-    test_labels = torch.tensor([label for _, label in test_files])
-    return (train_images, train_labels), (test_images, test_labels), train_classes
+        test = "test"
+    splits = {}
+    for split in ("train", test):
+        folders = [root / split / name for name in sorted(IMAGENET100)]
+        folders = [folder for folder in folders if folder.is_dir()]
+        splits[split] = list_images(root, folders, others)
+        there = {name.split("/")[1] for name in splits[split]}
+        missing = sorted(set(IMAGENET100) - there)
+        if missing:
+            fail(
+                f"no images in {str(root / split)!r} for {len(missing)} of the 100 classes, the "
+                f"first is {missing[0]}: imagenet100 needs train/<class>/*, and val/<class>/* or "
+                "test/<class>/*"
+            )
+    return splits
 
 
-def class_folders(folder):
-    """The names of the folders in `folder`, sorted, without hidden ones."""
-    try:
-        names, _ = find_classes(folder)
-    except (OSError, ValueError) as error:
-        refuse_folder(folder, error)
-    return [name for name in names if name[0] != "."]
+def list_images(root, folders, others):
+    """The paths below `root`, with "/", of all images below the folders, in the order of names.
+
+    Hidden files and folders are left out. Links are followed. `others` counts the endings of files
+    that are not images.
+    """
+    endings = image_endings()
+    names = []
+    seen = {}
+    for top in folders:
+        for folder, subfolders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            there = os.path.realpath(folder)
+            if there in seen:
+                fail(
+                    f"a folder below {str(root)!r} is there twice, by a link: "
+                    f"{seen[there]!r} is {folder!r}; remove the link"
+                )
+            seen[there] = folder
+            prefix = Path(folder).relative_to(root).as_posix() + "/"
+            if prefix == "./":
+                prefix = ""
+            for file in sorted(files):
+                ending = os.path.splitext(file)[1].lower()
+                if file[0] == ".":
+                    continue
+                if ending in endings:
+                    names.append(prefix + file)
+                else:
+                    others[ending or "without an ending"] += 1
+    return names
 
 
-def labelled_files(folder, label_of):
-    """(path, label) of all images below folder/<class>/, for the classes in `label_of`, sorted."""
-    try:
-        return make_dataset(folder, label_of, is_valid_file=is_image)
-    except (OSError, ValueError) as error:
-        refuse_folder(folder, error)
+def refuse_folder(error):
+    """Ends the program with one line because a folder cannot be listed."""
+    fail(f"cannot read the folder {error.filename!r} ({error.strerror})")
 
 
-def is_image(path):
-    """Whether the ending is that of an image, and the file is not a hidden one."""
-    path = Path(path)
-    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+def image_endings():
+    """Those of IMAGE_ENDINGS that the installed Pillow reads."""
+    Image.init()
+    return {ending for ending in IMAGE_ENDINGS if Image.EXTENSION.get(ending) in Image.OPEN}
 
 
-def refuse_folder(folder, error):
-    """Ends the program with one line on what a folder of images must look like."""
-    fail(
-        f"no images in {str(folder)!r} ({str(error)[:90]}): --data-dir must hold images in "
-        "train/<class>/* and in val/<class>/* or test/<class>/*"
-    )
+def holds_images(folder):
+    """Whether there is an image below the folder."""
+    endings = image_endings()
+    for _, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        for file in files:
+            if file[0] != "." and os.path.splitext(file)[1].lower() in endings:
+                return True
+    return False
 
 
-def read_images(root, split, labelled, size):
-    """The images of a split (n, 3, size, size), memory-mapped from the cache of decoded images."""
+def find_classes(choice, root, splits):
+    """The class names, sorted, and a line that says how the labels were understood.
+
+    The class of an image is the first folder of its path below the folder of its split. `choice` is
+    "folders"; "none", for no labels; or "auto", for labels if every image lies in <class>/<image>
+    and there are two or more classes. Without labels the class names are an empty list.
+    """
+    if choice == "none":
+        return [], "no labels, because of --labels none"
+    below = {}  # the paths below the folder of the split
+    for split, names in splits.items():
+        cut = 0 if split == "all" else len(split) + 1
+        below[split] = [name[cut:] for name in names]
+    depths = {name.count("/") for names in below.values() for name in names}
+    first_split, *other_splits = below
+    classes = {name.split("/")[0] for name in below[first_split] if "/" in name}
+
+    if choice == "auto":
+        hint = "--labels folders takes the first folder's name as the class"
+        if depths == {0}:
+            return [], "no labels: the images do not lie in folders of classes"
+        if 0 in depths:
+            return [], "no labels: some images lie in folders, others do not"
+        if len(depths) > 1:
+            return [], f"no labels: images lie at different depths; {hint}"
+        if depths != {1}:
+            return [], f"no labels: images lie in folders of folders; {hint}"
+        if len(classes) == 1:
+            return [], "no labels: all images lie in one folder"
+    for split, names in below.items():
+        for name in names:
+            if "/" not in name:
+                path = root / name if split == "all" else root / split / name
+                fail(
+                    f"{str(path)!r} does not lie in the folder of a class: "
+                    "move it, or use --labels none"
+                )
+    if len(classes) == 1:
+        fail(f"the only class is {min(classes)!r}: use --labels none")
+    for split in other_splits:
+        extra = {name.split("/")[0] for name in below[split]} - classes
+        if extra:
+            fail(
+                f"{str(root / split)!r} has class {min(extra)!r}, which {first_split}/ lacks: "
+                "remove it, or use --labels none"
+            )
+    classes = sorted(classes)
+    some = ", ".join(classes[:3])
+    if len(classes) > 3:
+        some += ", ..."
+    about = f"labels: {len(classes)} classes from the names of folders ({some})"
+    if choice == "auto":
+        about += "; --labels none ignores them"
+    return classes, about
+
+
+def labels_of(names, classes, depth):
+    """The place in `classes` of each image: the folder `depth` folders below the root names it."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    return torch.tensor([label_of[name.split("/")[depth]] for name in names])
+
+
+def read_splits(args, root, splits):
+    """The images of all splits, from their names.
+
+    Returns two dicts with the images and the files of each split, as `read_images` does, and lines
+    that say what has been left out. If images are damaged, and `args.skip_damaged` is not set, the
+    program ends with one line when all have been decoded.
+    """
+    if args.image_size <= 64:
+        size = args.image_size
+    else:
+        size = args.image_size * 8 // 7
+    images = {}
+    files = {}
+    total = 0
+    long = 0
+    damaged = []
+    damaged_lists = []
+    for split, names in splits.items():
+        images[split], files[split], long_here, damaged_list = read_images(
+            args, root, split, names, size
+        )
+        total += len(names)
+        long += long_here
+        good = {name for name, _, _ in files[split]}
+        if len(good) < len(names):
+            damaged += [name for name in names if name not in good]
+            damaged_lists.append(repr(str(damaged_list)))
+
+    lines = []
+    what = f"{len(damaged)} of {total} images, which are damaged or have more than 8 bits"
+    names_are_in = f"all names are in {' and '.join(damaged_lists)}"
+    if damaged and not args.skip_damaged:
+        first_ten = ", ".join(repr(str(root / name)) for name in damaged[:10])
+        fail(
+            f"cannot use {what}: {first_ten}; {names_are_in}: "
+            "replace or remove these images, or add --skip-damaged"
+        )
+    if damaged:
+        lines.append(f"left out: {what}; {names_are_in}")
+    if long > total / 10:
+        lines.append(
+            "of each image the middle square is used: "
+            f"{long} of {total} images lose more than a third of their pixels"
+        )
+    return images, files, lines
+
+
+def read_images(args, root, split, names, size):
+    """The images of a split (n, 3, size, size), memory-mapped from the cache of decoded images.
+
+    Images that are damaged are left out. Returns the images, the files that they are from as
+    (name, size in bytes, time of change), how many of them are long (see `decode_image`), and the
+    path of the file that names those that were left out.
+    """
+    if args.cache_dir is None:
+        folder = root / f".cache-{size}"
+        prefix = f"{args.dataset}-{split}-{size}-"
+    else:
+        folder = Path(args.cache_dir)
+        place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+        prefix = f"{args.dataset}-{place}-{split}-{size}-"  # several roots may share the folder
+    damaged_list = folder / f"{prefix}damaged.txt"
+    files = [(name, *size_and_time(os.path.join(root, name))) for name in names]
     with first_on_machine() as first:
         if first:
-            decode_images(root, split, [Path(path) for path, _ in labelled], size)
-    (cache,) = (root / f".cache-{size}").glob(f"{split}-*.npy")
-    array = np.load(cache, mmap_mode="c")  # copy-on-write: torch wants writable memory
-    return torch.from_numpy(array)
+            decode_images(folder, prefix, root, files, size)
+    damaged = read_lines(damaged_list)
+    files = [file for file in files if file[0] not in damaged]
+    cache = folder / f"{prefix}{fingerprint(files)}.npy"
+    try:
+        array = np.load(cache, mmap_mode="c")  # copy-on-write: torch wants writable memory
+    except FileNotFoundError:
+        fail(f"images in {str(root)!r} have changed while they were read: start again")
+    except (OSError, ValueError, EOFError) as error:
+        fail(f"cannot read the image cache {str(cache)!r} ({error}): remove this file")
+    return torch.from_numpy(array), files, count_long(cache), damaged_list
 
 
-def decode_images(root, split, files, size):
+def size_and_time(path):
+    """Of a file: its bytes and the time of its last change, in ns, -1 if it cannot be found."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def read_lines(path):
+    """The set of lines of a text file, empty if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return set()
+    return set(text.split("\n")) - {""}
+
+
+def fingerprint(files):
+    """16 hexadecimal digits that change if one of the tuples of strings and numbers does."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(ascii(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def decode_images(folder, prefix, root, files, size):
     """Writes the images as one uint8 array (n, 3, size, size), if that is not yet done.
 
-    The array is root/.cache-<size>/<split>-<fingerprint of the files>.npy. So other files, or
-    changed ones, get a new array. The split's old arrays are removed. The program ends with one
-    line if an image cannot be read, or the array cannot be written.
+    The array is folder/<prefix><fingerprint of the files>.npy. So other files, or changed ones, get
+    a new array. Arrays of the same prefix that are outdated are removed. Files that are damaged are
+    not in the array, and stand in folder/<prefix>damaged.txt, one in a line. The program ends with
+    one line if all are damaged, or the array cannot be written.
     """
-    cache = root / f".cache-{size}" / f"{split}-{fingerprint(root, files)}.npy"
-    folders = {path.parent for path in files}
-    resolved = {folder.resolve() for folder in folders}
-    if len(resolved) < len(folders):
-        fail(f"a folder below {str(root / split)!r} is there twice, by a link: remove the link")
+    damaged_list = folder / f"{prefix}damaged.txt"
+    known = read_lines(damaged_list)
+    # What was damaged the last time is tried again: perhaps a disk was not there.
+    again = [file for file in files if file[0] in known]
+    damaged = {file[0] for file, decoded in decode_all(root, again, size) if decoded is None}
+    good = [file for file in files if file[0] not in damaged]
+    cache = folder / f"{prefix}{fingerprint(good)}.npy"
     if not cache.exists():
-        write_cache(cache, split, files, size)
-    outdated = set(cache.parent.glob(f"{split}-*.npy")) - {cache}
-    for path in outdated:
-        path.unlink()
-
-
-def fingerprint(root, files):
-    """16 hexadecimal digits that change if a file comes, goes, is renamed or is written to."""
-    stats = []
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            fail(f"cannot read {error.filename!r} ({error.strerror}): remove or replace it")
-        stats.append((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
-def write_cache(cache, split, files, size):
-    """Decodes all images into the array `cache`, which appears only when it is whole."""
-    part = cache.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same cache
+        cache, damaged = write_cache(folder, prefix, root, files, size)
     try:
-        cache.parent.mkdir(exist_ok=True)
-        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))
+        if damaged and damaged != known:
+            text = "".join(f"{name}\n" for name, _, _ in files if name in damaged)
+            damaged_list.write_text(text, encoding="utf-8", errors="surrogateescape")
+        elif not damaged:
+            damaged_list.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"cannot write {str(damaged_list)!r} ({error.strerror}): choose another --cache-dir")
+    for path in folder.glob(f"{prefix}*"):
+        outdated = path.suffix in (".npy", ".json") and path.stem != cache.stem
+        with suppress(OSError):  # on Windows another run may have mapped it
+            # A killed run leaves its .part. A living one writes to it all the time.
+            if path.suffix == ".part":
+                outdated = time.time() - path.stat().st_mtime > 3600
+            if outdated:
+                path.unlink()
+
+
+def write_cache(folder, prefix, root, files, size):
+    """Decodes the files into a new array, which appears only when it is whole.
+
+    Returns its path and the set of the names of damaged files.
+    """
+    part = folder / f"{prefix}{uuid.uuid4().hex}.part"  # another run may be writing the same array
+    good = []
+    damaged = set()
+    long = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        needed = len(files) * 3 * size**2
+        disk = shutil.disk_usage(folder)
+        if needed > disk.free and disk.total:  # some file systems know neither
+            fail(
+                f"the image cache {str(folder)!r} needs {needed / 1e9:.3g} GB, and there are "
+                f"{disk.free / 1e9:.3g} GB free: choose another folder with --cache-dir"
+            )
+        # Written row by row, because a map of a file on a full disk ends the program by a signal.
+        with open(part, "xb") as out:
+            write_header(out, len(files), size)
+            for file, decoded in decode_all(root, files, size):
+                if decoded is None:
+                    damaged.add(file[0])
+                    continue
+                pixels, is_long = decoded
+                out.write(pixels)
+                good.append(file)
+                long += is_long
+            if not good:
+                fail(
+                    f"all {len(files)} images are damaged or have more than 8 bits, "
+                    f"the first is {str(root / files[0][0])!r}"
+                )
+            out.seek(0)
+            write_header(out, len(good), size)
+            out.flush()
+            os.fsync(out.fileno())
+        cache = folder / f"{prefix}{fingerprint(good)}.npy"
+        try:
+            os.replace(part, cache)
+        except PermissionError:  # on Windows, where another run has mapped the same array
+            if not cache.exists():
+                raise
     except OSError as error:
         fail(
-            f"cannot write the image cache {str(cache.parent)!r} ({error.strerror}): "
-            "link the images elsewhere"
+            f"cannot write the image cache {str(folder)!r} ({error.strerror}): "
+            "choose another folder with --cache-dir"
         )
-
-    def decode_into_array(i):
-        pixels = decode_image(files[i], size)
-        if pixels is None:
-            return False
-        array[i] = pixels
-        return True
-
-    try:
-        bad = []
-        # Threads, not processes: Pillow works without the interpreter's lock.
-        with ThreadPoolExecutor() as pool:
-            results = pool.map(decode_into_array, range(len(files)))
-            results = tqdm(results, f"decode {split}", len(files), disable=None, leave=False)
-            for path, decoded in zip(files, results, strict=True):
-                if not decoded:
-                    bad.append(path)
-        if bad:
-            fail(
-                f"{len(bad)} image(s) are damaged or have more than 8 bits, "
-                f"the first is {str(bad[0])!r}; replace them"
-            )
-        array.flush()
-        os.replace(part, cache)
     finally:
         part.unlink(missing_ok=True)
+    with suppress(OSError):  # `count_long` does without it
+        cache.with_suffix(".json").write_text(json.dumps({"long": long}))
+    return cache, damaged
+
+
+def write_header(file, n, size):
+    """The beginning of an .npy file of `n` images. It has the same length for every `n`."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def count_long(cache):
+    """How many images of the cache are long."""
+    try:
+        return json.loads(cache.with_suffix(".json").read_text())["long"]
+    except (OSError, ValueError):
+        return 0
+
+
+def decode_all(root, files, size):
+    """Yields (file, what `decode_image` gives for it) for all files, in their order."""
+
+    def decode(file):
+        return decode_image(root / file[0], size)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large files, and of odd EXIF data
+        # Threads, not processes: Pillow works without the interpreter's lock.
+        with (
+            ThreadPoolExecutor() as pool,
+            tqdm(desc="decode", total=len(files), disable=None, leave=False) as bar,
+        ):
+            # Some at a time, because the pool would not wait if the disk is slow.
+            for first in range(0, len(files), 1000):
+                some = files[first : first + 1000]
+                for file, decoded in zip(some, pool.map(decode, some), strict=True):
+                    bar.update()
+                    yield file, decoded
 
 
 def decode_image(path, size):
-    """An image file as uint8 pixels (3, size, size), or None if it is damaged or has over 8 bits.
+    """An image file as (uint8 pixels (3, size, size), whether it is long).
 
-    The shorter side is resized to `size`, antialiased, and the middle is cut out.
+    It is turned upright, as its EXIF orientation says, and laid on white where it is transparent.
+    The shorter side is resized to `size`, antialiased, and the middle is cut out. An image is long
+    if that leaves out more than a third of it. Returns None if the file is damaged or has more than
+    8 bits.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         with Image.open(path) as file:
             if file.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
                 return None
-            image = file.convert("RGB")
+            if "transparency" in file.info or file.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+                image = file.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image).convert("RGB")
+            else:
+                image = file.convert("RGB")
+            orientation = file.getexif().get(0x0112)
         with Image.open(path) as file:
             file.verify()  # the checksums of a PNG, which loading does not look at
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        is_long = max(image.size) > 1.5 * min(image.size)
         image = TF.resize(image, size, antialias=True)
         image = TF.center_crop(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises a dozen kinds of them on damaged files
         return None
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), is_long
 
 
 def draw_toy(name, n, seed):
@@ -1682,7 +2050,24 @@ def add_shared_flags(parser):
     parser.add_argument(
         "--data-dir",
         default="data",
-        help="where images are or will be; a folder has train/<class>/*, val/<class>/*",
+        help="where images are or will be; a folder of yours has them at any depth, or in train/ "
+        "and in val/ or test/; without these a tenth is held out",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=["auto", "folders", "none"],
+        default="auto",
+        help="of --dataset folder. folders: the first folder's name is the class; auto: so if all "
+        "images lie in <class>/*, else none",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        help="where decoded images are kept, for data that is read-only [<data-dir>/.cache-<size>]",
+    )
+    parser.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="go on without images that cannot be read",
     )
     parser.add_argument("--image-size", type=bounded_int(8), default=32, help="side in pixels")
     parser.add_argument(
@@ -1849,6 +2234,14 @@ def parse_args(file, doc, add_flags, defaults):
     args.defaults = vars(parser.parse_args([]))
 
     args.method = Path(file).stem
+    given = {word.split("=")[0] for word in sys.argv[1:]}
+    if "--data-dir" in given and "--dataset" not in given and holds_images(args.data_dir):
+        fail(
+            f"{args.data_dir!r} holds images: add --dataset folder to train on them, "
+            f"or --dataset {args.dataset}, which is the default, to download it there"
+        )
+    if args.labels != "auto" and args.dataset != "folder":
+        fail(f"--labels {args.labels} is for --dataset folder")
     recipe = parser.get_default("optimizer")
     lr_is_given = any(word.split("=")[0] == "--lr" for word in sys.argv)
     if args.optimizer != recipe and not lr_is_given:
@@ -2178,7 +2571,8 @@ class Run:
 
     # The flags that may differ when a run is continued.
     MAY_CHANGE = {
-        "data_dir", "epochs", "device", "precision", "compile",
+        "data_dir", "labels", "cache_dir", "skip_damaged",
+        "epochs", "device", "precision", "compile",
         "eval_every", "save_every", "keep_every", "stop_on_collapse", "out", "resume",
     }  # fmt: skip
 
