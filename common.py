@@ -949,6 +949,10 @@ def load_weights(model, args):
                 + advice_on_shapes(name, there, here)
             )
     model.backbone.load_state_dict(tensors, strict=False)
+    for norm in batch_norms(model.backbone):
+        # A file without this count is of a network that has seen many batches.
+        if norm.num_batches_tracked == 0 and not has_new_statistics(norm):
+            norm.num_batches_tracked.fill_(10_000)
     if hasattr(model, "teacher"):
         model.teacher[0].load_state_dict(model.backbone.state_dict())
 
@@ -1430,7 +1434,8 @@ def collapse_metrics(model, data):
     """
     count = min(1000, max(150, len(data.images) // 20))
     some = evenly_spaced(data.images, count)
-    out = extract(model, data.images[some], data)
+    with without_initial_statistics(model):
+        out = extract(model, data.images[some], data)
     z = out["embedding"]
     if not z.isfinite().all():
         return {"center_norm": math.nan}  # stops the run; eigenvalues of NaN would raise an error
@@ -1469,6 +1474,15 @@ def knn_monitor(model, data):
     return knn_accuracy(bank, data.labels[some], queries, data.test_labels[some_tests])
 
 
+def batch_norms(model):
+    """The batch norms of a model that keep a running mean."""
+    norms = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            norms.append(module)
+    return norms
+
+
 @torch.no_grad()
 def with_data_statistics(model, data, args, views):
     """A copy of the model in eval mode, whose new batch norms have the statistics of the data.
@@ -1482,11 +1496,11 @@ def with_data_statistics(model, data, args, views):
     """
     measured = copy.deepcopy(model).eval()
     new_norms = False
-    for module in measured.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and has_new_statistics(module):
-            module.reset_running_stats()
-            module.momentum = None  # all batches count alike
-            module.train()
+    for norm in batch_norms(measured):
+        if has_new_statistics(norm):
+            norm.reset_running_stats()
+            norm.momentum = None  # all batches count alike
+            norm.train()
             new_norms = True
 
     args = copy.copy(args)
@@ -1498,6 +1512,33 @@ def with_data_statistics(model, data, args, views):
         for x in batch:
             measured(x)
     return measured.eval()
+
+
+@contextmanager
+def without_initial_statistics(model):
+    """Within it, the batch norms of a model that has seen few batches lack what they began with.
+
+    A running mean of the statistics of n batches, with momentum m, keeps (1 - m)^n of the mean 0
+    and the variance 1 at its start. In the first steps of a run that makes all embeddings look like
+    one point. Here it is taken out, as Adam does it with its averages. A model without new batches,
+    or with hundreds of them, stays as it is.
+    """
+    before = []
+    for norm in batch_norms(model):
+        if norm.momentum is None:
+            continue
+        rest = (1 - norm.momentum) ** int(norm.num_batches_tracked)
+        if 1e-3 < rest < 1:
+            mean, var = norm.running_mean, norm.running_var
+            before.append((mean, mean.clone(), var, var.clone()))
+            mean.div_(1 - rest)
+            var.sub_(rest).div_(1 - rest).clamp_min_(0)
+    try:
+        yield
+    finally:
+        for mean, old_mean, var, old_var in before:
+            mean.copy_(old_mean)
+            var.copy_(old_var)
 
 
 def has_new_statistics(norm):
@@ -2353,10 +2394,12 @@ class Run:
             if not names_collapse(line.get("verdict", "no collapse")):
                 break
             count += 1
-        answer = torch.tensor(int(count >= limit), device=self.data.mean.device)
+        collapsed = count >= limit
         if world_size() > 1:
+            answer = torch.tensor(int(collapsed), device=self.data.mean.device)
             dist.broadcast(answer, 0)
-        return bool(answer.item())
+            collapsed = answer.item() == 1
+        return collapsed
 
     def leave(self, status, line):
         """Ends all processes with this exit status, and prints a line."""
