@@ -609,7 +609,7 @@ def draw_curves(logs, methods, scale):
     """
     panels = curve_panels(logs, methods, scale)
     titles = [name for name in METRICS if name in panels]
-    titles += sorted(panels.keys() - METRICS)
+    titles += sorted(title for title in panels if title not in METRICS)
     rows = math.ceil(len(titles) / 3)
     figure, axes = plt.subplots(rows, 3, figsize=(9, 2.3 * rows), squeeze=False)
     for ax in axes.flat[len(titles) :]:
@@ -893,7 +893,7 @@ def numbers_table(numbers):
         used = f"{clusters['used']} {clusters['by']}"
         if clusters["of"] is not None:
             used = f"{clusters['used']} of {clusters['of']} {clusters['by']}"
-        mixture = ""
+        mixture = ""  # of the last size only
         if entropy["mixture"]:
             components, value = list(entropy["mixture"].items())[-1]
             mixture = f"{value:.3f} ({components})"
@@ -1115,6 +1115,7 @@ def draw_own(label, picture, data):
     """The pictures that show one checkpoint alone {name of the file: (figure, caption)}. `data` is
     None for a file, of which there are no images."""
 
+    # Labels hold slashes, spaces and brackets, which file names had better not.
     def file_name(kind):
         return re.sub(r"[^\w.-]+", "-", f"{kind}-{label}").strip("-")
 

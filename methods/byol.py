@@ -30,7 +30,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {
         "optimizer": "adam",
@@ -45,8 +45,8 @@ DEFAULTS = {
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark. This loss is four times the one there, so the learning rate is a
-    # quarter of its 0.06, and the decay four times its 5e-4.
+    # The settings of lightly's CIFAR-10 benchmark. This loss is four times the one there. So the
+    # learning rate is a quarter of its 0.06, and the decay four times its 5e-4.
     parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)
     parser.add_argument(
         "--momentum",
@@ -127,7 +127,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -137,7 +137,7 @@ def main():
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             p1, p2 = common.gather(p1.float(), p2.float())
             t1, t2 = common.gather(t1.float(), t2.float())
             terms = loss_fn(p1, p2, t1, t2)

@@ -36,7 +36,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"prototypes": 64, "teacher_temperature": 0.02},
     "blobs": {"prototypes": 64, "teacher_temperature": 0.02},
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark.
+    # The settings of lightly's CIFAR-10 benchmark.
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)
     parser.add_argument(
         "--prototypes", type=common.bounded_int(2), default=2048, help="number of prototypes k"
@@ -111,7 +111,7 @@ class Model(nn.Module):
             nn.Linear(d, 256),
         )
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)  # its weight is (k, 256)
-        self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
+        self.temperature = 0.1  # the student's, as in loss_fn; the metrics read it, too
 
         # The teacher gets no gradient. Its batch norms use the batch, as the student's do.
         self.teacher = common.frozen_copy(nn.Sequential(self.backbone, self.head))
@@ -152,7 +152,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -161,7 +161,7 @@ def main():
                 z1, z2 = model(x1), model(x2)
                 y1, y2 = model.teacher(x1), model.teacher(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))
             t1, t2 = common.gather(model.teacher_scores(y1), model.teacher_scores(y2))
             terms = loss_fn(

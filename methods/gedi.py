@@ -1,6 +1,7 @@
 """GEDI: give both views of an image the same learned class, and use all classes equally often.
 
-    loss = prior_weight prior + beta invariance + generative_weight generative,  p = softmax(s)
+    p = softmax(s)
+    loss = prior_weight * prior + beta * invariance + generative_weight * generative
     prior      = 1/2 [CE(u, mean_i p1_i) + CE(u, mean_i p2_i)]
     invariance = mean_i 1/2 [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     generative = mean_i F(y_i) - mean_i F(x1_i),  F(x) = log sum_j exp s_j(x)
@@ -8,15 +9,15 @@
 s (n, c) are the scores of n images for c classes, linear in their embeddings z. p1_i and p2_i
 belong to the views of image i. u is the uniform distribution, and CE(p, q) = -sum_j p_j log q_j. F
 is a log density up to a constant. `generative` raises it at the images x1 and lowers it at y, which
-are samples of the density, drawn by Langevin dynamics. By default it is off, which the paper calls
-"GEDI no gen".
+are samples of the density, drawn by Langevin dynamics. By default this term is off, which the paper
+calls "GEDI no gen".
 
 What prevents collapse: the prior. It is log c if classes are used equally often, and more
-otherwise. `--prior-weight 0` removes it, and a few classes are left. CPLearn has the same terms
-with fixed random classes and embeddings of a fixed length.
+otherwise. `--prior-weight 0` removes it, and all images fall into a few classes. CPLearn has the
+first two terms, too, with random classes that are not learned, and embeddings of a fixed length.
 
-In the log: `invariance` is log c where each p is uniform, as at the start, and lower in a good run.
-`prior` stays near log c, and used_codes stays high.
+In the log: `invariance` is log c if each p is uniform, and goes below that in a good run. `prior`
+stays near log c, and used_codes, the number of classes in use, stays high.
 
 "Learning Symbolic Representations Through Joint GEnerative and DIscriminative Training", Sansone
 and Manhaeve, 2023.
@@ -34,10 +35,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# What each of the two views changes in common.AUGMENT["strong"]. This method's default is
-# `--augment weak`, which has no such changes: they count only with `--augment strong`.
+# What each of the two views changes in common.AUGMENT["strong"]. Used only with `--augment strong`:
+# the default here is `--augment weak`.
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {"shapes": {"c": 64}, "blobs": {"c": 16}, "moons": {"c": 16}}
 
 
@@ -58,7 +59,7 @@ def add_flags(parser):
         "--generative-weight",
         type=common.bounded_float(0),
         default=0.0,
-        help="weight of the generative term; for images 0.001; steps then take many times as long",
+        help="weight of the generative term; 0.001 suits images; steps then take far longer",
     )
 
 
@@ -81,7 +82,8 @@ def loss_fn(
 
     log_mean1 = log_p1.logsumexp(0) - math.log(n)  # (c,), log of mean_i p1_i
     log_mean2 = log_p2.logsumexp(0) - math.log(n)
-    prior = -(log_mean1 + log_mean2).mean() / 2  # the mean over classes, because u = 1 / c
+    log_mean = (log_mean1 + log_mean2) / 2
+    prior = -log_mean.mean()  # the mean over classes, because u = 1 / c
 
     loss = prior_weight * prior + beta * invariance
     if generative_weight:
@@ -127,32 +129,32 @@ class Model(nn.Module):
         """F (n,) of images x."""
         return self.scores(self(x)).logsumexp(1)
 
-    def log_densities(self, x1, seed):
+    def sampled_densities(self, x1, seed):
         """F of this process's images x1 (n, ...) and of as many samples of the density, each (n,).
 
         The samples are some of those that are stored. One in 20 of them begins anew as noise. Then
         all take 20 steps of Langevin dynamics, x <- x + 0.005 grad F(x) + 0.1 noise, where 0.005 is
-        half the noise's variance. They are stored again for later batches. Processes and resumed
-        runs that give the same `seed` draw the same.
+        half the noise's variance. They are stored again for later batches. The same `seed` gives
+        the same random numbers, so all processes draw the noise of all samples and use their share.
         """
         self.eval()  # so that F of an image does not depend on the rest of the batch
         rng = torch.Generator(x1.device).manual_seed(seed)
 
-        def noise(n):
-            return torch.randn(n, *x1.shape[1:], generator=rng, device=x1.device)
+        def noise(count):
+            return torch.randn(count, *x1.shape[1:], generator=rng, device=x1.device)
 
         def own_share(rows):
             return rows.chunk(common.world_size())[common.rank()]
 
-        n = len(x1) * common.world_size()
-        chosen = torch.randperm(len(self.samples), generator=rng, device=x1.device)[:n]
-        renewed = chosen[: n // 20]
+        total = len(x1) * common.world_size()
+        chosen = torch.randperm(len(self.samples), generator=rng, device=x1.device)[:total]
+        renewed = chosen[: total // 20]
         self.samples[renewed] = noise(len(renewed))
         x = own_share(self.samples[chosen])
         for _ in range(20):
             x.requires_grad_()
             (gradient,) = torch.autograd.grad(self.log_density(x).sum(), x)
-            x = (x + 0.005 * gradient + 0.1 * own_share(noise(n))).detach()
+            x = (x + 0.005 * gradient + 0.1 * own_share(noise(total))).detach()
         (moved,) = common.gather(x)
         self.samples[chosen] = moved
 
@@ -174,7 +176,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -184,9 +186,9 @@ def main():
                 densities = []
                 if args.generative_weight:
                     rng = common.generator(args.seed, epoch, run.step, 1)
-                    densities = model.log_densities(x1, seed=rng.initial_seed())
+                    densities = model.sampled_densities(x1, seed=rng.initial_seed())
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2, *densities = common.gather(model.scores(z1), model.scores(z2), *densities)
             terms = loss_fn(
                 s1,

@@ -34,7 +34,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"classes": 64},
     "blobs": {"classes": 16, "classifiers": 2},
@@ -108,7 +108,7 @@ class Model(nn.Module):
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
         self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # as in weight norm
-        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -137,7 +137,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -145,7 +145,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
 

@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-# This method's own defaults for a data set, by its name.
+BOTH = {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5}
+VIEWS = (BOTH, BOTH)
+# This method's own defaults for each data set.
 DEFAULTS = {"shapes": {"batch_size": 64}}
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark.
+    # The settings of lightly's CIFAR-10 benchmark.
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)
     parser.add_argument(
         "--no-predictor",
@@ -100,7 +101,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -109,7 +110,7 @@ def main():
                 z1, z2 = model(x1), model(x2)
                 p1, p2 = model.predictor(z1), model.predictor(z2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             p1, p2 = common.gather(p1.float(), p2.float())
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)
