@@ -271,6 +271,8 @@ def read_folder(args):
     are no images, if their labels are not clear, or if some of them cannot be read.
     """
     root = Path(args.data_dir)
+    if not root.is_dir():
+        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
     others = collections.Counter()
     if args.dataset == "imagenet100":
         splits = find_imagenet100(root, others)
@@ -330,8 +332,6 @@ def find_splits(root, others):
     split is "all". Where it is alone, the names stand in the order of `by_hash`. `others` counts
     the endings of files that are not images.
     """
-    if not root.is_dir():
-        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
     if (root / "val").is_dir():
         test = "val"
     else:

@@ -727,6 +727,7 @@ def test_what_is_missing_is_named(refused):
 
 
 def test_imagenet100_names_the_split_that_is_missing(refused):
+    Path("images").mkdir()
     line = refused(dataset="imagenet100")
     assert "no images in 'images/train' for 100 of the 100 classes" in line
     for name in common.IMAGENET100:
