@@ -589,10 +589,10 @@ def size_and_time(path):
 
 
 def read_lines(path):
-    """The set of lines of a text file, empty if there is none."""
+    """The set of lines of a text file, empty if there is none that can be read."""
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
+    except OSError:
         return set()
     return set(text.split("\n")) - {""}
 

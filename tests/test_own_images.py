@@ -541,6 +541,8 @@ def test_read_only_data_with_a_cache_elsewhere(refused, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", mkdir)
     line = refused()
     assert "Read-only file system" in line and "--cache-dir" in line
+    Path("file").touch()
+    assert "cannot write the image cache 'file'" in refused(cache_dir="file")
     data = load(cache_dir="new/cache")
     assert len(data.images) == 4 and len(caches("new/cache")) == 2
     assert not Path("images/.cache-8").exists()
