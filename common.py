@@ -690,7 +690,8 @@ def write_cache(folder, prefix, root, files, size):
             "choose another folder with --cache-dir"
         )
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly there is none
+            part.unlink()
     with suppress(OSError):  # `count_long` does without it
         cache.with_suffix(".json").write_text(json.dumps({"long": long}))
     return cache, damaged
