@@ -272,6 +272,8 @@ def read_folder(args):
     are no images, if their labels are not clear, or if some of them cannot be read.
     """
     root = Path(args.data_dir)
+    if not root.is_dir():
+        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
     others = collections.Counter()
     if args.dataset == "imagenet100":
         splits = find_imagenet100(root, others)
@@ -331,8 +333,6 @@ def find_splits(root, others):
     split is "all". Where it is alone, the names stand in the order of `by_hash`. `others` counts
     the endings of files that are not images.
     """
-    if not root.is_dir():
-        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
     if (root / "val").is_dir():
         test = "val"
     else:
@@ -590,10 +590,10 @@ def size_and_time(path):
 
 
 def read_lines(path):
-    """The set of lines of a text file, empty if there is none."""
+    """The set of lines of a text file, empty if there is none that can be read."""
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
+    except OSError:
         return set()
     return set(text.split("\n")) - {""}
 
@@ -691,7 +691,8 @@ def write_cache(folder, prefix, root, files, size):
             "choose another folder with --cache-dir"
         )
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly there is none
+            part.unlink()
     with suppress(OSError):  # `count_long` does without it
         cache.with_suffix(".json").write_text(json.dumps({"long": long}))
     return cache, damaged

@@ -541,6 +541,8 @@ def test_read_only_data_with_a_cache_elsewhere(refused, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", mkdir)
     line = refused()
     assert "Read-only file system" in line and "--cache-dir" in line
+    Path("file").touch()
+    assert "cannot write the image cache 'file'" in refused(cache_dir="file")
     data = load(cache_dir="new/cache")
     assert len(data.images) == 4 and len(caches("new/cache")) == 2
     assert not Path("images/.cache-8").exists()
@@ -727,6 +729,7 @@ def test_what_is_missing_is_named(refused):
 
 
 def test_imagenet100_names_the_split_that_is_missing(refused):
+    Path("images").mkdir()
     line = refused(dataset="imagenet100")
     assert "no images in 'images/train' for 100 of the 100 classes" in line
     for name in common.IMAGENET100:
