@@ -129,7 +129,7 @@ def test_features_after_a_relu_have_a_rule_of_their_own():
         report = common.diagnose(dead, array="features")
         assert report["representation"]["verdict"] == "collapsed"
     assert common.describe(common.diagnose(nearly_one, array="features"), "features").startswith(
-        "representation collapse: the features' variance, over their mean square, is 0.0"
+        "representation collapse: the features' variance is 0.0"
     )
     assert common.variance_share(np.ones((5, 3))) == 0
     assert common.variance_share(np.array([[1.0, 0], [-1, 0]])) == 1
