@@ -557,7 +557,7 @@ def draw_curves(logs, methods, scale):
     """
     panels = curve_panels(logs, methods, scale)
     titles = [name for name in METRICS if name in panels]
-    titles += sorted(panels.keys() - METRICS)
+    titles += sorted(title for title in panels if title not in METRICS)
     rows = math.ceil(len(titles) / 3)
     figure, axes = plt.subplots(rows, 3, figsize=(9, 2.3 * rows), squeeze=False)
     for ax in axes.flat[len(titles) :]:
@@ -812,7 +812,7 @@ def numbers_table(numbers):
         entropy = entry["entropy"]
         lower, upper = entropy["pairwise"]
         clusters = entry["clusters"]
-        mixture = ""
+        mixture = ""  # of the last size only
         if entropy["mixture"]:
             components, value = list(entropy["mixture"].items())[-1]
             mixture = f"{value:.3f} ({components})"
@@ -987,10 +987,11 @@ def run_names(paths):
 def job_labels(jobs, checkpoints, datasets):
     """What each job (path, state, trained) is called in the report: the run's name, its data set if
     there are several, and whether it is untrained."""
-    names = run_names([Path(path) for path in checkpoints])
+    paths = [Path(path) for path in checkpoints]
+    names = dict(zip(checkpoints, run_names(paths), strict=True))
     labels = []
     for (path, _, trained), dataset in zip(jobs, datasets, strict=True):
-        label = names[checkpoints.index(path)]
+        label = names[path]
         if len(set(datasets)) > 1:
             label += f" on {dataset}"
         if not trained:
@@ -1010,6 +1011,7 @@ def fewer_test_images(data, limit):
 def draw_own(label, picture, data):
     """The pictures that show one checkpoint alone {name of the file: (figure, caption)}."""
 
+    # Labels hold slashes, spaces and brackets, which file names had better not.
     def file_name(kind):
         return re.sub(r"[^\w.-]+", "-", f"{kind}-{label}").strip("-")
 

@@ -1,6 +1,6 @@
 """Barlow Twins: make the cross-correlation matrix of two views' embeddings the identity matrix.
 
-    loss = sum_i (1 - C_ii)^2 + lambda_offdiag sum_{i != j} C_ij^2                          (Eq. 1)
+    loss = sum_i (1 - C_ii)^2 + lambda_offdiag * sum_{i != j} C_ij^2                        (Eq. 1)
     C = Z1^T Z2 / n                                                                         (Eq. 2)
 
 Z1 and Z2 (n, d) are the embeddings of two views of n images. Each of their columns is standardised
@@ -10,7 +10,7 @@ log shows the two sums as `invariance` and `redundancy`.
 What prevents collapse: two things. The standardised columns cannot be constant: a column that is
 the same for all images becomes 0, so its C_ii is 0, which costs 1 in the first sum. And columns
 that are copies of each other raise the second sum. `--lambda-offdiag 0` removes the second sum, and
-few dimensions are left. Standardising cannot be switched off, so one point is no danger.
+few dimensions are left. Standardising cannot be switched off, so one point never has a low loss.
 
 In the log: `invariance` is d if all z are equal, and falls in a good run. With columns that are
 copies of one another `redundancy` comes near d (d - 1), and effective_rank near 1.
@@ -32,7 +32,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {}
 
 
@@ -52,11 +52,12 @@ def add_flags(parser):
 
 def loss_fn(z1, z2, *, lambda_offdiag=0.0051):
     """Eq. 1 of two views' embeddings (n, d), float32: `loss`, `invariance` and `redundancy`."""
-    # First minus the mean, so that a constant column is exactly 0. Batch norm alone would divide
-    # its rounding error by a tiny deviation.
+    # First minus the mean, so that rounding leaves almost nothing of a constant column. Batch norm
+    # alone would divide its rounding error by a tiny deviation.
     z1 = z1 - z1.mean(0)
     z2 = z2 - z2.mean(0)
     # Batch norm divides by n, not by n - 1. So identical views have C_ii = 1.
+    # It keeps no running statistics here, hence the two None.
     z1 = nn.functional.batch_norm(z1, None, None, training=True)
     z2 = nn.functional.batch_norm(z2, None, None, training=True)
     c = z1.T @ z2 / len(z1)
@@ -98,7 +99,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -106,7 +107,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, lambda_offdiag=args.lambda_offdiag)
 

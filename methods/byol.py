@@ -11,8 +11,8 @@ What prevents collapse: the predictor together with the slow teacher. One point 
 loss 0, too, so the loss alone does not forbid it. `--no-predictor --momentum 0` removes both (m
 then rises from 0).
 
-In the log: the loss is between 0 and 8, and falls in good and in bad runs. Collapse shows only in
-center_norm, which is then near 1.
+In the log: the loss is between 0 and 8, and falls in good and in bad runs. So it does not show
+collapse. A center_norm near 1 does.
 
 "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", Grill et al., NeurIPS 2020.
 Departs from the paper: SGD, batches of 128, and narrower layers.
@@ -30,7 +30,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {
         "optimizer": "adam",
@@ -45,8 +45,8 @@ DEFAULTS = {
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark. This loss is four times the one there, so the learning rate is a
-    # quarter of its 0.06, and the decay four times its 5e-4.
+    # The settings of lightly's CIFAR-10 benchmark. This loss is four times the one there. So the
+    # learning rate is a quarter of its 0.06, and the decay four times its 5e-4.
     parser.set_defaults(optimizer="sgd", lr=0.015, weight_decay=2e-3, batch_size=128)
     parser.add_argument(
         "--momentum",
@@ -74,7 +74,8 @@ def loss_fn(p1, p2, t1, t2):
     """Eq. 2 of predictions p and teacher's projections t (n, d): `loss`, `loss12`, `loss21`."""
     loss12 = 2 - 2 * nn.functional.cosine_similarity(p1, t2.detach()).mean()
     loss21 = 2 - 2 * nn.functional.cosine_similarity(p2, t1.detach()).mean()
-    return {"loss": loss12 + loss21, "loss12": loss12, "loss21": loss21}
+    loss = loss12 + loss21
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 class Model(nn.Module):
@@ -110,8 +111,8 @@ class Model(nn.Module):
     def update_teacher(self, m):
         """teacher <- m teacher + (1 - m) student, for each parameter."""
         student = nn.Sequential(self.backbone, self.head)
-        for old, new in zip(self.teacher.parameters(), student.parameters(), strict=True):
-            old.lerp_(new.detach(), 1 - m)
+        for t, s in zip(self.teacher.parameters(), student.parameters(), strict=True):
+            t.lerp_(s.detach(), 1 - m)  # t = m t + (1 - m) s
 
 
 # --- training
@@ -127,7 +128,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -137,7 +138,7 @@ def main():
                 p1, p2 = model.predictor(z1), model.predictor(z2)
                 t1, t2 = model.teacher(x1), model.teacher(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             p1, p2 = common.gather(p1.float(), p2.float())
             t1, t2 = common.gather(t1.float(), t2.float())
             terms = loss_fn(p1, p2, t1, t2)

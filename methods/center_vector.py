@@ -1,10 +1,10 @@
 """Center vector: make two views agree, and keep the mean of all embeddings, their center, short.
 
-    loss = 1/2 [ -mean_i <z1_i, z2_i> + center_weight ||s||^2 ]                      (after Eq. 32)
+    loss = 1/2 [ -mean_i <z1_i, z2_i> + center_weight * ||s||^2 ]                    (after Eq. 32)
     s = mean of all 2n embeddings, the center vector
 
 z1_i and z2_i are the embeddings of image i's two views, scaled to length 1. The log shows the first
-term as `invariance` and ||s||^2 as `center`.
+term as `invariance` and the penalty, without its weight, as `center`.
 
 What prevents collapse: the second term. If all embeddings are equal, ||s|| is 1, which is its
 maximum. `--center-weight 0` removes it. Where the views agree, the loss at weight 1 is
@@ -16,8 +16,8 @@ stays near 0.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: the penalty is ||s||^2 (or ||s||, with `--penalty norm`), where Eq. 32 adds
-the vector s itself. The paper's squared distance, 2 - 2 cosine, is the cosine here (Eq. 4), so
-weight 1 here is weight 2 there.
+the vector s itself. Where the paper has the squared distance, 2 - 2 cosine, minus the cosine
+stands here (Eq. 4), so weight 1 here is weight 2 there.
 Run: python methods/center_vector.py
 """
 
@@ -32,7 +32,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {"shapes": {"epochs": 30}}
 
 
@@ -102,7 +102,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -110,7 +110,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, center_weight=args.center_weight, penalty=args.penalty)
 

@@ -1,28 +1,30 @@
 """CPLearn: give both views of an image the same share of each of c random codes, and use all codes.
 
     p = softmax(W^T z / tau),  z = sqrt(f) l2norm(batchnorm(linear(h)))                     (Eq. 1)
-    loss = beta invariance + prior                                     (Eq. 2, with Appendix N's KL)
+    loss = beta * invariance + prior                                   (Eq. 2, with Appendix N's KL)
     invariance = mean_i 1/2 [CE(p1_i, p2_i) + CE(p2_i, p1_i)]
     prior      = 1/2 [KL(mean_i p1_i || u) + KL(mean_i p2_i || u)]
 
 h are the backbone's features of a view, and z (f,) is its embedding. W (f, c) are the codes: random
 entries of +1 and -1, which are never trained. p1_i and p2_i are the p of image i's two views, and u
-is the uniform distribution. CE(p, q) = -sum_j p_j log q_j. tau = f / log(1 / eps - c + 1): a z that
-has score f for one code and 0 for all others has p = 1 - eps (c - 1) there. The log shows both
-terms, invariance without beta.
+is the uniform distribution. CE(p, q) = -sum_j p_j log q_j. The entries of W^T z are
+the scores of z, f at most. tau = f / log(1 / eps - c + 1): a z with score f for one code and 0 for
+all others has p = 1 - eps (c - 1) for that code. The log shows both terms, invariance without beta.
 
 What prevents collapse: the prior is log c if all images use one code, and 0 if the mean of p is
-uniform. With c much larger than f no single z has uniform p. So z must differ between images, and
-z in few dimensions reach too few codes. `--beta 10` drowns the prior, and one code wins.
+uniform. If c is much larger than f, no single z has uniform p. So the z of different images must
+differ. And z that lie in few dimensions can reach only few codes. `--beta 10` outweighs the prior,
+and one code wins.
 
-In the log: invariance + prior is log c if all z are equal, and less in a good run. prior is at
-least log(c / n) if each of the n images has one code for itself.
+In the log: invariance + prior is log c if all z are equal, and less in a good run. If each p is 1
+for one code, prior is log(c / n) where the n images of a batch have different codes, and more
+otherwise.
 
 "Collapse-Proof Non-Contrastive Self-Supervised Learning", Sansone, Lebailly and Tuytelaars,
 ICML 2025.
 Departs from the paper: the factor 1 / sqrt(n) in z and in tau is left out, because it cancels. The
-prior is that of Appendix N. eps, beta, batch size, learning rate, decay and activation are others.
-`--paper` has the paper's, but for the prior.
+prior is that of Appendix N. eps, beta, batch size, learning rate, decay and activation differ.
+`--paper` sets the paper's values, except the prior.
 Run: python methods/cplearn.py --c 16384
 """
 
@@ -38,7 +40,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name, and those of --paper.
+# This method's own defaults for each data set, and the settings of --paper.
 DEFAULTS = {
     "shapes": {"c": 1024, "beta": 0.25, "eps": 1e-8, "weight_decay": 1e-4},
     "blobs": {"c": 64, "beta": 0.5, "eps": 1e-8, "weight_decay": 1e-4},
@@ -67,19 +69,20 @@ def add_flags(parser):
         "--eps",
         type=common.bounded_float(1e-300, 1e-8),
         default=1e-32,
-        help="smaller: sharper p",
+        help="smaller: sharper p; see tau above",
     )
     parser.add_argument(
         "--activation",
         choices=["l2", "tanh", "tanh-unscaled"],
         default="l2",
-        help="what the head ends with; tanh-unscaled: with scores sqrt(batch size) times as large",
+        help="what the head ends with; tanh-unscaled: tanh, and scores sqrt(batch size) times as "
+        "large, as in the paper's code",
     )
     parser.add_argument(
         "--prior",
         choices=["reverse-kl", "cross-entropy"],
         default="reverse-kl",
-        help="reverse-kl: Appendix N; cross-entropy: Eq. 2",
+        help="reverse-kl: KL(mean p || u), Appendix N; cross-entropy: CE(u, mean p), Eq. 2",
     )
     parser.add_argument(
         "--codes",
@@ -96,12 +99,13 @@ def add_flags(parser):
 
 
 def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of two views' embeddings (n, f), float32, of norm sqrt(f), and codes (f, c).
+    """The loss of two views' embeddings (n, f), float32, and codes (f, c).
 
+    With the default activation l2 embeddings have norm sqrt(f). Both views get gradient.
     Returns scalars `loss`, `invariance` and `prior`.
     """
     n = len(z1)
-    codes = codes.to(z1)
+    codes = codes.to(z1)  # from int8
     log_p1 = (z1 @ codes / tau).log_softmax(1)  # (n, c)
     log_p2 = (z2 @ codes / tau).log_softmax(1)
     cross_entropy12 = -(log_p1.exp() * log_p2).sum(1)  # (n,)
@@ -127,36 +131,43 @@ def prior_of_codes(log_mean, c, prior):
 
 
 def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=32768):
-    """loss_fn for very many codes, with matrices of at most (n, block). Skip it at first reading.
+    """loss_fn for very many codes, with matrices of (2, n, block). Skip it at first reading.
 
     Checkpointing computes each block of codes a second time for the gradient.
     """
-    n, c = len(z1), codes.shape[1]
+    checkpoint = torch.utils.checkpoint.checkpoint
+    c = codes.shape[1]
     z = torch.stack([z1, z2])  # (2, n, f)
+    log_sums = []
+    for w in codes.split(block, 1):
+        log_sums.append(checkpoint(block_log_sum, z, w, tau, use_reentrant=False))
+    log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), log of the softmax's denominator
 
-    def block_log_sum(w):
-        scores = z @ w.to(z) / tau  # (2, n, block)
-        return scores.logsumexp(2, keepdim=True)
-
-    def block_terms(w):
-        log_p = z @ w.to(z) / tau - log_sum  # (2, n, block)
-        cross_entropy = -(log_p.exp() * log_p.flip(0)).sum() / n  # both directions together
-        log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
-        prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
-        return cross_entropy / 2, prior_loss / 2
-
-    def checkpoint(function, w):
-        return torch.utils.checkpoint.checkpoint(function, w, use_reentrant=False)
-
-    log_sums = [checkpoint(block_log_sum, w) for w in codes.split(block, 1)]
-    log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), the softmax's denominator
     invariance, prior_loss = 0.0, 0.0
     for w in codes.split(block, 1):
-        block_invariance, block_prior = checkpoint(block_terms, w)
-        invariance = invariance + block_invariance
-        prior_loss = prior_loss + block_prior
+        terms = checkpoint(block_terms, z, w, log_sum, tau, c, prior, use_reentrant=False)
+        invariance = invariance + terms[0]
+        prior_loss = prior_loss + terms[1]
     loss = beta * invariance + prior_loss
     return {"loss": loss, "invariance": invariance, "prior": prior_loss}
+
+
+def block_log_sum(z, w, tau):
+    """log of the sum of exp(scores) over a block of codes w (f, block), for z (2, n, f)."""
+    scores = z @ w.to(z) / tau  # (2, n, block)
+    return scores.logsumexp(2, keepdim=True)
+
+
+def block_terms(z, w, log_sum, tau, c, prior):
+    """What a block of codes adds to invariance and prior."""
+    n = z.shape[1]
+    scores = z @ w.to(z) / tau  # (2, n, block)
+    log_p = scores - log_sum
+    other_view = log_p.flip(0)
+    cross_entropy = -(log_p.exp() * other_view).sum() / n  # both directions together
+    log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
+    prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
+    return cross_entropy / 2, prior_loss / 2
 
 
 def draw_codes(kind, f, c, seed):
@@ -170,17 +181,18 @@ def draw_codes(kind, f, c, seed):
         codes = torch.randint(2, (f, c), generator=rng, dtype=torch.int8)
         return codes.mul_(2).sub_(1)  # in place, because it may be large
 
-    if f & (f - 1) or c > f:
+    if f.bit_count() != 1 or c > f:
         common.fail(
             "--codes hadamard needs a power of two as --projector-dim and --c no larger, "
             f"not {f} and {c}"
         )
     columns = torch.randperm(f, generator=rng)[:c]
-    digits = torch.arange(f.bit_length())
-    bits = (torch.arange(f)[:, None] >> digits) & 1  # row i holds the binary digits of i
-    # The entry is -1 where row and column number have an odd number of ones in common.
-    ones_in_common = bits @ bits[columns].T
-    return (1 - 2 * (ones_in_common % 2)).to(torch.int8)
+    hadamard = torch.ones(1, 1, dtype=torch.int8)
+    while len(hadamard) < f:  # Sylvester's construction doubles the matrix
+        upper = torch.cat([hadamard, hadamard], 1)
+        lower = torch.cat([hadamard, -hadamard], 1)
+        hadamard = torch.cat([upper, lower])
+    return hadamard[:, columns]
 
 
 class Model(nn.Module):
@@ -194,7 +206,7 @@ class Model(nn.Module):
         else:
             self.head.append(nn.BatchNorm1d(f))
         if args.activation == "l2":
-            self.head.append(nn.RMSNorm(f, 1e-12, elementwise_affine=False))  # norm sqrt(f)
+            self.head.append(nn.RMSNorm(f, eps=1e-12, elementwise_affine=False))  # sqrt(f) l2norm
         else:
             self.head.append(nn.Tanh())
 
@@ -226,7 +238,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -234,13 +246,13 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             if len(z1) * args.c <= 2**25:
-                loss = loss_fn
+                chosen_loss = loss_fn
             else:
-                loss = loss_in_blocks  # because matrices (n, c) would take more than 134 MB each
-            terms = loss(
+                chosen_loss = loss_in_blocks  # matrices (n, c) would take over 134 MB each
+            terms = chosen_loss(
                 z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior
             )
 

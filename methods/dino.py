@@ -7,9 +7,9 @@
                      teacher <- m teacher + (1 - m) student
 
 s and t (n, k) are the cosines of n embeddings with k learned prototypes, of the student and of the
-teacher. 1 and 2 are the two views of image i. mean t is over the images of both views. m rises from
-`--momentum` to 1 along a half cosine. H(q, p) is the teacher's entropy H(q, q), `entropy` in the
-log, plus KL(q || p), `divergence` in the log.
+teacher. The subscripts 1 and 2 are the two views of image i. mean t is over the images of both
+views. m rises from `--momentum` to 1 along a half cosine. H(q, p) is the teacher's entropy H(q, q),
+`entropy` in the log, plus KL(q || p), `divergence` in the log.
 
 What prevents collapse: centering and sharpening, against each other. Subtracting the center stops
 one prototype from winning for every image; without it (`--no-centering`) `entropy` goes to 0. The
@@ -35,8 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.4, 1), "blur": 1.0}, {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+VIEWS = (
+    {"scale": (0.4, 1), "blur": 1.0},
+    {"scale": (0.4, 1), "blur": 0.1, "solarize": 0.2},
+)
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"prototypes": 64, "teacher_temperature": 0.02},
     "blobs": {"prototypes": 64, "teacher_temperature": 0.02},
@@ -45,7 +48,7 @@ DEFAULTS = {
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark.
+    # The settings of lightly's CIFAR-10 benchmark.
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)
     parser.add_argument(
         "--prototypes", type=common.bounded_int(2), default=2048, help="number of prototypes k"
@@ -60,7 +63,8 @@ def add_flags(parser):
         "--teacher-temperature",
         type=common.bounded_float(0.001),
         default=0.04,
-        help="the student's is 0.1; lower if entropy stays at log k; 1: all prototypes alike",
+        help="the student's is 0.1; try a lower one if entropy stays at log k; with 1 all "
+        "prototypes become alike",
     )
     parser.add_argument(
         "--no-centering",
@@ -89,7 +93,8 @@ def loss_fn(s1, s2, t1, t2, center, *, teacher_temperature=0.04, temperature=0.1
     entropy1 = -(log_q1.exp() * log_q1).sum(1)  # (n,)
     entropy2 = -(log_q2.exp() * log_q2).sum(1)
     entropy = (entropy1 + entropy2).mean() / 2
-    return {"loss": loss, "entropy": entropy, "divergence": loss.detach() - entropy}
+    divergence = loss.detach() - entropy
+    return {"loss": loss, "entropy": entropy, "divergence": divergence}
 
 
 def cosines(z, prototypes):
@@ -111,7 +116,7 @@ class Model(nn.Module):
             nn.Linear(d, 256),
         )
         self.prototypes = nn.Linear(256, args.prototypes, bias=False)  # its weight is (k, 256)
-        self.temperature = 0.1  # the student's, as in loss_fn; common.collapse_metrics reads it
+        self.temperature = 0.1  # the student's, as in loss_fn; the metrics read it, too
 
         # The teacher gets no gradient. Its batch norms use the batch, as the student's do.
         self.teacher = common.frozen_copy(nn.Sequential(self.backbone, self.head))
@@ -129,14 +134,15 @@ class Model(nn.Module):
 
     def update_teacher(self, m):
         """teacher <- m teacher + (1 - m) student, for each parameter."""
-        student = nn.ModuleList([self.backbone, self.head, self.prototypes])
-        teacher = nn.ModuleList([*self.teacher, self.teacher_prototypes])
-        for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-            old.lerp_(new.detach(), 1 - m)
+        student = nn.Sequential(self.backbone, self.head, self.prototypes)
+        teacher = nn.Sequential(self.teacher, self.teacher_prototypes)
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.lerp_(s.detach(), 1 - m)  # t = m t + (1 - m) s
 
     def update_center(self, t1, t2):
         """Eq. 4, of the teacher's cosines t (n, k) of both views."""
-        self.center.lerp_(torch.cat([t1, t2]).mean(0), 0.1)
+        mean = torch.cat([t1, t2]).mean(0)
+        self.center.lerp_(mean, 0.1)  # 0.9 center + 0.1 mean
 
 
 # --- training
@@ -152,7 +158,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -161,7 +167,7 @@ def main():
                 z1, z2 = model(x1), model(x2)
                 y1, y2 = model.teacher(x1), model.teacher(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))
             t1, t2 = common.gather(model.teacher_scores(y1), model.teacher_scores(y2))
             terms = loss_fn(

@@ -1,6 +1,6 @@
 """MCR2: let all embeddings together fill much space, and the two views of one image little.
 
-    loss = compression - expansion_weight expansion
+    loss = compression - expansion_weight * expansion
     expansion   = 1/2 logdet(I + d / (2n epsilon^2) Z^T Z)
     compression = mean_i 1/2 logdet(I + d / (2 epsilon^2) Z_i Z_i^T)
 
@@ -16,9 +16,9 @@ run the loss is negative, because expansion is larger.
 
 "Learning Diverse and Discriminative Representations via the Principle of Maximal Coding Rate
 Reduction", Yu et al., NeurIPS 2020.
-Departs from the paper: optimizer and head. Two views of many images, not 50 views of 20 images.
-epsilon is 16, not 0.7: at 0.7 expansion wins, and the views of an image end at right angles, where
-compression is flat.
+Departs from the paper: the optimizer and the head are others. There are two views of many images,
+not 50 views of 20 images. epsilon is 16, not 0.7: at 0.7 expansion wins, and the views of an image
+end at right angles, where compression has no gradient.
 Run: python methods/mcr2.py
 """
 
@@ -33,7 +33,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {}
 
 
@@ -61,11 +61,11 @@ def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
     """The loss of two views' embeddings (n, d), float32: `loss`, `expansion`, `compression`."""
     n, d = z1.shape
     w1, w2 = z1, z2
-    if z1.device.type != "mps":  # which has no float64
+    if z1.device.type != "mps":  # mps has no float64
         w1, w2 = z1.double(), z2.double()  # float32 is too coarse for a large determinant
     w1 = nn.functional.normalize(w1, dim=1)
     w2 = nn.functional.normalize(w2, dim=1)
-    a = d / (2 * epsilon**2)
+    a = d / (2 * epsilon**2)  # the factor in compression
 
     w = torch.cat([w1, w2])  # (2n, d)
     if d < 2 * n:
@@ -82,7 +82,8 @@ def loss_fn(z1, z2, *, epsilon=16.0, expansion_weight=1.0):
     logdet = (1 + a * (1 + cosine)).log() + (1 + a * (1 - cosine)).log()
     compression = logdet.mean() / 2
 
-    expansion, compression = expansion.to(z1), compression.to(z1)
+    expansion = expansion.to(z1)
+    compression = compression.to(z1)
     loss = compression - expansion_weight * expansion
     return {"loss": loss, "expansion": expansion, "compression": compression}
 
@@ -119,7 +120,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -127,7 +128,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, epsilon=args.epsilon, expansion_weight=args.expansion_weight)
 

@@ -6,16 +6,17 @@
        times n / k                                                      (other view, prediction)
 
 s (n, k) are one view's scores of n images for k learned classes. The softmax over the batch is
-p(x_i | y). With equally likely classes, p(y) = 1 / k, Bayes' rule makes t_iy = p(y | x_i) of it. In
-p, too, each class is given the same share, 1 / k. The loss is a mean over classifiers with k, 2k,
-4k, ... classes.
+p(x_i | y). If all classes are equally likely, p(y) = 1 / k, then t_iy is p(y | x_i), by Bayes'
+rule. In p, too, each class is given the same share, 1 / k. The loss is a mean over classifiers
+with k, 2k, 4k, ... classes.
 
-What prevents collapse: the division by columns. If all images have the same scores, the loss is
-log k, and not less. `--no-column-softmax` leaves out both steps over columns: then one class wins,
-and the loss falls as well.
+What prevents collapse: the division by columns. If all images have the same scores, the loss of a
+classifier is log k, and not less. `--no-column-softmax` leaves out both steps over columns: then
+one class wins, and the loss falls as well.
 
-In the log: with column softmax a good run goes below log k. The least is 0, or log(k / n) if the
-batch has fewer images n than classes k.
+In the log: four classifiers with k, 2k, 4k and 8k classes have a loss of log k + 1.5 log 2 if all
+images have the same scores. A good run goes below that. The least for a classifier is 0, or
+log(k / n) if the batch has fewer images n than classes k.
 
 "Self-Supervised Classification Network", Amrani, Karlinsky and Bronstein, ECCV 2022.
 Departs from the paper: Adam; two views, not eight; no neighbours as positives.
@@ -34,7 +35,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"classes": 64},
     "blobs": {"classes": 16, "classifiers": 2},
@@ -73,12 +74,16 @@ def loss_fn(s1, s2, sizes, *, column_softmax=True, row_temperature=0.1, column_t
     sizes: the number of classes k of each classifier; its scores are so many columns.
     Returns scalars `loss`, `loss12` (target from view 1, prediction from view 2) and `loss21`.
     """
-    settings = column_softmax, row_temperature, column_temperature
+    scores1 = s1.split(sizes, 1)  # (n, k) of each classifier
+    scores2 = s2.split(sizes, 1)
     loss12, loss21 = 0.0, 0.0
-    for scores1, scores2 in zip(s1.split(sizes, 1), s2.split(sizes, 1), strict=True):  # (n, k)
-        loss12 = loss12 + one_direction(scores1, scores2, *settings) / len(sizes)
-        loss21 = loss21 + one_direction(scores2, scores1, *settings) / len(sizes)
-    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+    for a, b in zip(scores1, scores2, strict=True):
+        part12 = one_direction(a, b, column_softmax, row_temperature, column_temperature)
+        part21 = one_direction(b, a, column_softmax, row_temperature, column_temperature)
+        loss12 = loss12 + part12 / len(sizes)
+        loss21 = loss21 + part21 / len(sizes)
+    loss = (loss12 + loss21) / 2
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 def one_direction(target, prediction, column_softmax, row_temperature, column_temperature):
@@ -108,7 +113,7 @@ class Model(nn.Module):
         self.sizes = [args.classes * 2**i for i in range(args.classifiers)]
         self.classes = nn.Linear(128, sum(self.sizes), bias=False)  # of all classifiers
         self.gain = nn.Parameter(torch.ones(sum(self.sizes)))  # as in weight norm
-        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -117,7 +122,8 @@ class Model(nn.Module):
         """Scores of all classifiers, (n, sum of sizes): cosines times each class's gain."""
         z = nn.functional.normalize(z.float(), dim=1)
         weight = nn.functional.normalize(self.classes.weight, dim=1)
-        return z @ weight.T * self.gain
+        cosines = z @ weight.T
+        return cosines * self.gain
 
     def scores(self, z):
         """Scores of the first classifier, which the metrics use."""
@@ -137,7 +143,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -145,7 +151,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.all_scores(z1), model.all_scores(z2))
             terms = loss_fn(s1, s2, model.sizes, column_softmax=not args.no_column_softmax)
 

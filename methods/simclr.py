@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-# This method's own defaults for a data set, by its name.
+BOTH = {"jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5}
+VIEWS = (BOTH, BOTH)
+# This method's own defaults for each data set.
 DEFAULTS = {}
 
 
@@ -58,13 +59,15 @@ def loss_fn(z1, z2, *, temperature=0.5, negatives=True):
     n = len(z1)
     z = nn.functional.normalize(torch.cat([z1, z2]), dim=1)
     similarity = z @ z.T / temperature  # (2n, 2n); rows i and i + n are the views of image i
+    # One of the two diagonals of pairs is enough, because sim(z_i, z_j) = sim(z_j, z_i).
     alignment = -similarity.diagonal(n).mean()
     if negatives:
-        similarity = similarity.fill_diagonal_(-torch.inf)  # exp(-inf) = 0 leaves out k = i
+        similarity.fill_diagonal_(-torch.inf)  # exp(-inf) = 0 leaves out k = i
         uniformity = similarity.logsumexp(1).mean()
     else:
         uniformity = torch.zeros_like(alignment)
-    return {"loss": alignment + uniformity, "alignment": alignment, "uniformity": uniformity}
+    loss = alignment + uniformity
+    return {"loss": loss, "alignment": alignment, "uniformity": uniformity}
 
 
 class Model(nn.Module):
@@ -97,7 +100,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -105,7 +108,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, temperature=args.temperature, negatives=not args.no_negatives)
 

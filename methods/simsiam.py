@@ -5,9 +5,9 @@
 z1 and z2 are the projections of an image's two views. p1 and p2 are predictor(z1) and
 predictor(z2). stop(z) is z as a constant, without gradient.
 
-What prevents collapse: the predictor together with the stop-gradient. One point for all images has
-the lowest loss, -1, too. If one of the two is removed, embeddings fall into few dimensions or one
-point. `--no-predictor` and `--no-stop-gradient` remove them.
+What prevents collapse: the predictor together with the stop-gradient. Collapse also has the lowest
+loss, -1. If one of the two is removed, embeddings fall into few dimensions or one point.
+`--no-predictor` and `--no-stop-gradient` remove them.
 
 In the log: a loss near -1 says nothing, because collapse has it, too. A good run has a small
 center_norm and keeps many dimensions (effective_rank).
@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-# This method's own defaults for a data set, by its name.
+BOTH = {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5}
+VIEWS = (BOTH, BOTH)
+# This method's own defaults for each data set.
 DEFAULTS = {"shapes": {"batch_size": 64}}
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark.
+    # The settings of lightly's CIFAR-10 benchmark.
     parser.set_defaults(optimizer="sgd", lr=0.06, weight_decay=5e-4, batch_size=128)
     parser.add_argument(
         "--no-predictor",
@@ -58,7 +59,8 @@ def loss_fn(p1, p2, z1, z2, *, stop_gradient=True):
         z2 = z2.detach()
     loss12 = -nn.functional.cosine_similarity(p1, z2).mean()
     loss21 = -nn.functional.cosine_similarity(p2, z1).mean()
-    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+    loss = (loss12 + loss21) / 2
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 class Model(nn.Module):
@@ -100,7 +102,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -109,7 +111,7 @@ def main():
                 z1, z2 = model(x1), model(x2)
                 p1, p2 = model.predictor(z1), model.predictor(z2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             p1, p2 = common.gather(p1.float(), p2.float())
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(p1, p2, z1, z2, stop_gradient=not args.no_stop_gradient)

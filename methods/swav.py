@@ -1,19 +1,20 @@
-"""SwAV: predict the other view's distribution over prototypes; prototypes share images equally.
+"""SwAV: predict the other view's prototypes, where every prototype gets equally many images.
 
     loss = -1/2 mean_i [ sum_k q1_ik log p2_ik + sum_k q2_ik log p1_ik ]              (Eqs. 1 and 2)
     p = softmax(s / 0.1)
     q = Sinkhorn(s): begin with exp(s / epsilon); three times, divide each column by its sum, then
         each row by its sum                                                                 (Eq. 5)
 
-s (n, k) are the cosines of n embeddings of one view (rows) with k learned prototypes (columns). q
-gets no gradient.
+z are embeddings. s (n, k) are the cosines of one view's n embeddings (rows) with k learned
+prototypes (columns). p1_i and q1_i belong to view 1 of image i, p2_i and q2_i to its view 2. q gets
+no gradient.
 
-What prevents collapse: Sinkhorn's division of the columns gives all prototypes the same share of
-the images. `--no-sinkhorn` leaves it out, and one or two prototypes win for all images.
+What prevents collapse: Sinkhorn's division of the columns gives all prototypes about the same share
+of the images. `--no-sinkhorn` leaves it out, and all images get one or two prototypes.
 
 In the log: if all z are equal, q is 1 / k, so the loss is at least log k, which is 6.24 for 512
-prototypes. A good run goes well below. A loss that stays at log k means that q stays uniform; then
-a smaller `--epsilon` helps.
+prototypes. A good run goes well below. A loss that stays at log k, with assignment_entropy near 1,
+says that q stays uniform. Then a smaller `--epsilon` helps.
 
 "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", Caron et al.,
 NeurIPS 2020.
@@ -32,18 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5},) * 2
-# This method's own defaults for a data set, by its name.
+BOTH = {"scale": (0.14, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "blur": 0.5}
+VIEWS = (BOTH, BOTH)
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"prototypes": 64, "epsilon": 0.02},
     "blobs": {"prototypes": 32},
     "moons": {"prototypes": 32},
 }
-QUEUE_STARTS = 15  # epoch, counted from 0, from which on the queue is used, as published
+QUEUE_STARTS = 15  # the first epoch, counted from 0, that uses the queue; as published
 
 
 def add_flags(parser):
-    # lightly's CIFAR-10 benchmark.
+    # The settings of lightly's CIFAR-10 benchmark.
     parser.set_defaults(optimizer="adam", lr=2e-3, weight_decay=1e-6)
     parser.add_argument(
         "--prototypes", type=common.bounded_int(2), default=512, help="number of prototypes k"
@@ -52,14 +54,14 @@ def add_flags(parser):
         "--epsilon",
         type=common.bounded_float(0.001),
         default=0.05,
-        help="sharpness of q; 0.02 if q stays uniform",
+        help="temperature of q; smaller: sharper; try 0.02 if q stays uniform",
     )
     parser.add_argument(
         "--queue",
         type=common.bounded_int(0),
         default=0,
-        help="earlier embeddings that take part in Sinkhorn, from epoch 15 on, for batches with "
-        "fewer images than prototypes",
+        help="number of earlier embeddings of each view that take part in Sinkhorn, from epoch 15 "
+        "on; useful if a batch has fewer images than there are prototypes; 0: none",
     )
     parser.add_argument(
         "--no-sinkhorn",
@@ -77,10 +79,11 @@ def add_flags(parser):
 
 
 def loss_fn(s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, temperature=0.1):
-    """Eqs. 1 and 2 of two views' cosines (n, k), float32: `loss`, `loss12` (q1, p2) and `loss21`.
+    """Eqs. 1 and 2 of two views' cosines (n, k), float32.
 
     queue1, queue2: cosines (m, k) of earlier embeddings. They take part in Sinkhorn only.
-    With iterations=0 q is softmax(s / epsilon).
+    With iterations=0 q is softmax(s / epsilon). Returns scalars `loss`, `loss12`, where view 1's q
+    is the target and view 2's p the prediction, and `loss21`.
     """
     q1 = assignments(s1, queue1, iterations, epsilon)
     q2 = assignments(s2, queue2, iterations, epsilon)
@@ -88,7 +91,8 @@ def loss_fn(s1, s2, queue1=None, queue2=None, *, iterations=3, epsilon=0.05, tem
     log_p2 = (s2 / temperature).log_softmax(1)
     loss12 = -(q1 * log_p2).sum(1).mean()
     loss21 = -(q2 * log_p1).sum(1).mean()
-    return {"loss": (loss12 + loss21) / 2, "loss12": loss12, "loss21": loss21}
+    loss = (loss12 + loss21) / 2
+    return {"loss": loss, "loss12": loss12, "loss21": loss21}
 
 
 def assignments(s, queue, iterations, epsilon):
@@ -100,7 +104,8 @@ def assignments(s, queue, iterations, epsilon):
     for _ in range(iterations):
         log_q = log_q.log_softmax(0)  # divides each column of q by its sum
         log_q = log_q.log_softmax(1)  # divides each row of q by its sum
-    return log_q.softmax(1)[:n]
+    q = log_q.softmax(1)  # exp(log_q), but with iterations=0 softmax(s / epsilon)
+    return q[:n]
 
 
 class Model(nn.Module):
@@ -116,14 +121,14 @@ class Model(nn.Module):
         )
         self.prototypes = nn.Linear(128, args.prototypes, bias=False)  # its weight is (k, 128)
         self.normalise_prototypes()
-        self.temperature = 0.1  # of p, as in loss_fn; common.collapse_metrics reads it
+        self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, newest first
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
     def scores(self, z):
-        return self.prototypes(nn.functional.normalize(z.float(), dim=-1))
+        return self.prototypes(nn.functional.normalize(z.float(), dim=1))
 
     @torch.no_grad()
     def normalise_prototypes(self):
@@ -131,10 +136,10 @@ class Model(nn.Module):
         weight.copy_(nn.functional.normalize(weight, dim=1))
 
     def update_queue(self, z1, z2):
-        """Puts the embeddings (n, 128) of a batch's two views before the earlier ones."""
+        """Puts the embeddings (n, 128) of a batch's two views in front of the earlier ones."""
         new = torch.stack([z1.detach(), z2.detach()])
-        both = torch.cat([new, self.queue], dim=1)
-        self.queue = both[:, : self.queue.shape[1]]
+        longer = torch.cat([new, self.queue], dim=1)
+        self.queue = longer[:, : self.queue.shape[1]]
 
 
 # --- training
@@ -150,7 +155,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -160,12 +165,13 @@ def main():
             # In the first epoch prototypes are fixed, as published.
             model.prototypes.requires_grad_(epoch > 0 and not args.freeze_prototypes)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))
             queue1, queue2 = None, None
             if args.queue and epoch >= QUEUE_STARTS:
-                filled = min(args.queue, run.step * args.batch_size)
-                queue1, queue2 = model.scores(model.queue[:, :filled])
+                filled = min(args.queue, run.step * args.batch_size)  # the rest is still zeros
+                queue1 = model.scores(model.queue[0, :filled])
+                queue2 = model.scores(model.queue[1, :filled])
             iterations = 3
             if args.no_sinkhorn:
                 iterations = 0

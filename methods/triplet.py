@@ -1,7 +1,8 @@
 """Triplet: an image's other view must be closer than any other image, by a margin.
 
-    loss = mean_{a,n} 1/2 max(0, ||z_a - z_p||^2 - ||z_a - z_n||^2 + margin)                (Eq. 5)
-         = mean_{a,n} max(0, <z_a, z_n> - <z_a, z_p> + margin / 2)
+    loss = mean over anchors a and negatives n of
+           1/2 max(0, ||z_a - z_p||^2 - ||z_a - z_n||^2 + margin)                           (Eq. 5)
+         = max(0, <z_a, z_n> - <z_a, z_p> + margin / 2)
 
 z are the embeddings of two views of each image, scaled to length 1, so both forms are equal. Each
 of them is the anchor z_a in turn. z_p is the other view of the anchor's image. z_n is each view of
@@ -11,8 +12,9 @@ What prevents collapse: the negatives z_n. Equal embeddings cost margin / 2. `--
 removes them. With `--negatives hardest` each anchor has its closest negative only. This is what
 SimCLR becomes as its temperature goes to 0 (Eq. 13).
 
-In the log: `positive` and `negative` are mean cosines. In a good run `positive` rises to near 1 and
-`negative` stays near 0. In collapse both are 1.
+In the log: `positive` and `negative` are mean cosines, `negative` over the negatives in use. In a
+good run `positive` rises to near 1, and `negative` of all negatives stays near 0. In collapse both
+are 1.
 
 "The Common Stability Mechanism behind most Self-Supervised Learning Approaches", Jha et al., 2024.
 Departs from the paper: it names no settings for images, so these are ours.
@@ -30,7 +32,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {}
 
 
@@ -72,13 +74,13 @@ def loss_fn(z1, z2, *, margin=1.0, negatives="all"):
         count = 2 * n * (2 * n - 2)
         loss = (hinge * other_image).sum() / count
         negative = (similarity * other_image).sum() / count
-    else:
-        if negatives == "hardest":
-            closest = similarity.masked_fill(~other_image, -torch.inf).amax(1)
-        else:
-            closest = torch.ones_like(positive)  # a constant: only attraction is left
+    elif negatives == "hardest":
+        closest = similarity.masked_fill(~other_image, -torch.inf).amax(1)
         loss = (closest - positive + margin / 2).relu().mean()
         negative = closest.mean()
+    else:
+        loss = (1 - positive + margin / 2).relu().mean()  # only attraction is left
+        negative = torch.ones_like(loss)
     return {"loss": loss, "positive": positive.mean(), "negative": negative}
 
 
@@ -114,7 +116,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -122,7 +124,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(z1, z2, margin=args.margin, negatives=args.negatives)
 

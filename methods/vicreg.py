@@ -34,7 +34,7 @@ import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
-# This method's own defaults for a data set, by its name.
+# This method's own defaults for each data set.
 DEFAULTS = {}
 
 
@@ -78,7 +78,7 @@ def loss_fn(
     covariance_weight=1.0,
     sum_variance=False,
 ):
-    """Eq. 6 of two views' embeddings (n, d), float32.
+    """After Eq. 6, of two views' embeddings (n, d), float32.
 
     Returns scalars `loss`, `invariance`, `variance` and `covariance`.
     """
@@ -100,9 +100,9 @@ def loss_fn(
     covariance2 = (cov2.square().sum() - cov2.diagonal().square().sum()) / d
     covariance = covariance1 + covariance2
 
-    loss = invariance_weight * invariance
-    loss = loss + variance_weight * variance
-    loss = loss + covariance_weight * covariance
+    loss = (
+        invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
+    )
     return {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
 
 
@@ -138,7 +138,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -146,7 +146,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(
                 z1,

@@ -1,16 +1,16 @@
 """W-MSE: whiten each view's embeddings over parts of the batch, then make the views agree.
 
     loss = mean_i ||w1_i - w2_i||^2 / dim                                                   (Eq. 3)
-    w = L^-1 (z - mean z),  L L^T = Cov(z),  L lower triangular                       (Section 3.2)
+    w_i = L^-1 (z_i - mean z),  L L^T = Cov(z),  L lower triangular                   (Section 3.2)
 
-z (part_size, dim) are the embeddings of one view in a part of the batch. w is their whitened form.
-w1_i and w2_i belong to the two views of image i. With `--distance cosine` the loss is
-2 - 2 mean_i cos(w1_i, w2_i).
+z_i (dim,) are the embeddings of one view of the images in a part of the batch, and w_i is their
+whitened form. w1_i and w2_i belong to the two views of image i. With `--distance cosine` the loss
+is 2 - 2 mean_i cos(w1_i, w2_i).
 
 What prevents collapse: the covariance of w is the identity, so w fills all dimensions.
 `--whitening batchnorm` only standardises each dimension, and all dimensions may become copies of
 one. `--whitening none` leaves z as it is, and all z may become equal. With `--distance cosine` the
-lengths of w are free: many images may have one w near 0, if others have long ones.
+lengths of w are free: many images may share one short w, while a few have very long ones.
 
 In the log: unrelated w have loss 2 and equal ones have loss 0. `cosine` is the mean cosine of the
 views' w. A loss that is NaN means that some part's covariance is singular: its embeddings fill
@@ -18,8 +18,8 @@ fewer than dim dimensions.
 
 "Whitening for Self-Supervised Representation Learning", Ermolov et al., ICML 2021.
 Departs from the paper: the Euclidean distance (--no_norm in the authors' code), not the cosine. The
-batch is split into parts once (the authors' code does so on CIFAR, too). The learning rate falls
-along a half cosine, not in steps.
+batch is split into parts once, as in the authors' code on CIFAR, where the paper allows several
+random splits. The learning rate falls along a half cosine, not in steps.
 Run: python methods/wmse.py
 """
 
@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 # What each of the two views changes in common.AUGMENT["strong"].
-VIEWS = ({"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1},) * 2
-# This method's own defaults for a data set, by its name.
+BOTH = {"scale": (0.2, 1), "jitter": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.1}
+VIEWS = (BOTH, BOTH)
+# This method's own defaults for each data set.
 DEFAULTS = {
     "shapes": {"projector_dim": 1024},
     "blobs": {"embedding_dim": 8, "part_size": 32},
@@ -57,13 +58,14 @@ def add_flags(parser):
         "--whitening",
         choices=["cholesky", "batchnorm", "none"],
         default="cholesky",
-        help="batchnorm: few dimensions are left; none: all embeddings become one point",
+        help="cholesky: whiten; batchnorm: only standardise each dimension, which leaves few "
+        "dimensions; none: neither, which leaves one point",
     )
     parser.add_argument(
         "--embedding-dim",
         type=common.bounded_int(1),
         default=64,
-        help="dim, at most half of --part-size",
+        help="dimensions of the embeddings, at most half of --part-size",
     )
     parser.add_argument(
         "--part-size",
@@ -79,7 +81,7 @@ def add_flags(parser):
 def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128):
     """Eq. 3 of two views' embeddings (n, dim), float32: scalars `loss` and `cosine`.
 
-    Cholesky needs parts of more than dim images. With fewer the loss is NaN.
+    Cholesky needs parts of more than dim images. With dim images or fewer the loss is NaN.
     """
     w1 = whiten(z1, whitening, part_size)
     w2 = whiten(z2, whitening, part_size)
@@ -94,9 +96,9 @@ def loss_fn(z1, z2, *, distance="euclidean", whitening="cholesky", part_size=128
 def whiten(z, whitening, part_size):
     """z (n, dim) cut into parts and whitened in each: (parts, part_size, dim), float64.
 
-    What is left over after the last whole part is dropped. NaN where a covariance is singular.
+    Rows beyond the last full part are dropped. NaN where a covariance is singular. float32 on mps.
     """
-    if z.device.type != "mps":  # which has no float64
+    if z.device.type != "mps":  # mps has no float64
         z = z.double()  # in float32 Cholesky can fail
     part_size = min(part_size, len(z))
     parts = len(z) // part_size
@@ -109,12 +111,15 @@ def whiten(z, whitening, part_size):
         return z / (z.var(1, keepdim=True) + 1e-5).sqrt()
 
     cov = z.mT @ z / (part_size - 1)  # (parts, dim, dim)
-    # A little is taken from the diagonal. Else rounding may let a singular covariance pass.
+    # Rounding can hide that a covariance is singular. With a slightly smaller diagonal cholesky_ex
+    # reports it.
     tiny = 1e3 * torch.finfo(z.dtype).eps
-    cov = cov - tiny * cov.diagonal(dim1=1, dim2=2).diag_embed()
-    lower, info = torch.linalg.cholesky_ex(cov)  # unlike cholesky it does not wait for the GPU
+    diagonal = cov.diagonal(dim1=1, dim2=2)
+    cov = cov - torch.diag_embed(tiny * diagonal)
+    lower, info = torch.linalg.cholesky_ex(cov)  # cholesky would wait for the GPU
     failed = (info > 0).view(-1, 1, 1)
     lower = lower.masked_fill(failed, torch.nan)  # the run then stops, see Run.end_step
+    # The rows of z as columns, times L^-1, and back to rows.
     return torch.linalg.solve_triangular(lower, z.mT, upper=False).mT
 
 
@@ -153,7 +158,7 @@ def main():
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
-            # The learning rate rises linearly, then falls to 0 along a half cosine.
+            # run.lr() rises linearly, then falls to 0 along a half cosine.
             for group in optimizer.param_groups:
                 group["lr"] = run.lr()
 
@@ -161,7 +166,7 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z1, z2 = model(x1), model(x2)
 
-            # The loss is of all processes' rows, in float32.
+            # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
             terms = loss_fn(
                 z1,

@@ -6,7 +6,7 @@
     python results/benchmark.py disk         batches from a file of images that is not in memory
 
 Without a word it compares: CPLearn's loss and gradient, in blocks of codes against the plain
-formula with n × c matrices; one batch of augmented views against torchvision's transforms image by
+formula with n x c matrices; one batch of augmented views against torchvision's transforms image by
 image; expectation maximisation against scikit-learn's; and evaluation against its forward passes.
 
 Times are medians of alternating runs in one process (evaluation: of one run). Peak extra memory is
@@ -219,7 +219,7 @@ def compare_augmentation():
 
     batched_time, single_time = rival_times(5, batched, one_by_one)
     times = single_time / batched_time
-    print(f"\nstrong augmentation of 256 images of 32 × 32, batched: {times:.1f} times faster")
+    print(f"\nstrong augmentation of 256 images of 32 x 32, batched: {times:.1f} times faster")
 
 
 def compare_mixtures():
@@ -391,7 +391,7 @@ def float32_head(module):
 
 def precision():
     """What a network in bf16 does to each method's loss and gradient at the start of training."""
-    print("First step on the drawn shapes, 32 × 32, ResNet-18 of width 16, 256 images, against")
+    print("First step on the drawn shapes, 32 x 32, ResNet-18 of width 16, 256 images, against")
     print("float32: relative error of the loss, and cosine of the gradient of all parameters.")
     print("Network in bf16, then with its head in float32\n")
     print(f"{'method':<16}{'loss':>10}{'cosine':>9}{'loss':>12}{'cosine':>9}")
@@ -411,7 +411,7 @@ def precision():
 
 
 def disk(gigabytes=4):
-    """Reads batches of 256 × 256 pixels in random order from a file that is not in memory, as
+    """Reads batches of 256 x 256 pixels in random order from a file that is not in memory, as
     training does."""
     n = int(gigabytes * 1e9) // (3 * 256 * 256) // 64 * 64
     with tempfile.NamedTemporaryFile(dir=".", suffix=".npy") as file:
@@ -455,7 +455,7 @@ def disk(gigabytes=4):
 
 
 def write_images(path, n):
-    """Writes n random images of 256 × 256 pixels as one array."""
+    """Writes n random images of 256 x 256 pixels as one array."""
     array = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, 256, 256))
     for i in range(0, n, 64):
         rng = np.random.default_rng(i)

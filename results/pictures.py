@@ -51,7 +51,7 @@ def mechanisms(runs):
 
 
 def draw_spectrum(ax, run, color, style):
-    """The spectrum is scaled to the sum 1 - center_norm², which is the variance of the embeddings'
+    """The spectrum is scaled to the sum 1 - center_norm^2, which is the variance of the embeddings'
     directions. So the curve is low where all embeddings are near one point."""
     spectrum = np.float64(run["spectrum"])
     variance = 1 - run["trained"]["center_norm"] ** 2

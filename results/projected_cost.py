@@ -5,10 +5,10 @@
 Counted with fake tensors, for each method's default settings on CIFAR-10: the arithmetic of
 products and convolutions, the bytes (each operation reads its inputs and writes its outputs once)
 and the kernels. From these follows what a GPU would need: an operation takes as long as its
-arithmetic or its bytes, whichever takes longer, and a step at least 5 µs for each kernel, because
-the host cannot launch them faster. Left out is that no kernel reaches the peak, that caches hold
-what was just written, that batch norm reads its input twice, and the time between epochs. So a
-real run is slower, by a factor that only a GPU can tell.
+arithmetic or its bytes, whichever takes longer, and a step at least 5 microseconds for each
+kernel, because the host cannot launch them faster. Left out is that no kernel reaches the peak,
+that caches hold what was just written, that batch norm reads its input twice, and the time between
+epochs. So a real run is slower, by a factor that only a GPU can tell.
 
 At the end stands how fast Barlow Twins trains on this machine, measured.
 """
@@ -212,7 +212,7 @@ def training_rates(backbone, width, batch=128, steps=4, repeats=3):
 
 
 def product_peak(size=2048, repeats=5):
-    """Operations a second that this machine reaches in a float32 product of two size × size
+    """Operations a second that this machine reaches in a float32 product of two size x size
     matrices. Convolutions come from another library, and can be faster."""
     a, b = torch.randn(2, size, size, device=common.find_device(None))
     times = []
@@ -259,7 +259,7 @@ def report_growth():
 
 def report_machine():
     print(f"\nThis machine, {common.find_device(None)}, {torch.get_num_threads()} threads", end="")
-    print(", Barlow Twins, 32 × 32 pixels:")
+    print(", Barlow Twins, 32 x 32 pixels:")
     peak = product_peak()
     for backbone, width in (("resnet18", 16), ("resnet8", 32)):
         ours, plain, network = training_rates(backbone, width)

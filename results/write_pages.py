@@ -47,10 +47,10 @@ def write_pages():
     runs = store.load()
     for page, its_tables in TABLES.items():
         path = store.ROOT / page
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for name, table in its_tables.items():
             text = replaced(text, name, table(runs))
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     pictures.mechanisms(runs)
     pictures.curves(runs)
 

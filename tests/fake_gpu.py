@@ -1,7 +1,8 @@
-"""A script's own `main` without numbers: two steps of training on torch's fake tensors, which have device and shape.
+"""A script's own `main` without numbers: two steps of training on torch's fake tensors, which have
+device and shape.
 
-Without a GPU torch cannot run backward on fake tensors of one. On "cuda" a stand-in for it sets the gradients. On "cpu"
-backward is the true one.
+Without a GPU torch cannot run backward on fake tensors of one. On "cuda" a stand-in for it sets the
+gradients. On "cpu" backward is the true one.
 """
 
 import os
@@ -28,26 +29,39 @@ def real(function):
     return call
 
 
-def two_steps(script, *flags, device="cuda", watch, change=lambda module: None, after_step=lambda step: None):
-    """Runs two steps of methods/<script>.py within `watch()`, a context that sees their operations. `change` is called
-    with the script's module before, `after_step` with 1 and 2 after each step."""
+def nothing(_):
+    pass
+
+
+def two_steps(script, *flags, device="cuda", watch, change=nothing, after_step=nothing):
+    """Runs two steps of methods/<script>.py within `watch()`, a context that sees their operations.
+
+    `change` is called with the script's module before, `after_step` with 1 and 2 after each step.
+    """
     trained, steps = [], []
-    open_run, two_views, end_step, sgd = common.open_run, common.two_views, common.Run.end_step, torch.optim.SGD
+    open_run = common.open_run
+    two_views = common.two_views
+    end_step = common.Run.end_step
+    sgd = torch.optim.SGD
 
     def set_up(args):
         args.precision = args.precision or "bf16"
         torch.manual_seed(args.seed)
-        return torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+        if device == "cuda":
+            return torch.device(device, 0)
+        return torch.device("cpu")
 
     def load_data(args, device):
-        n, toy = 2 * args.batch_size, args.dataset in common.TOYS
-        shape, dtype = ((n, 2), torch.float32) if toy else ((n, 3, args.image_size, args.image_size), torch.uint8)
-        images, labels = (
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(n, dtype=torch.int64, device=device),
-        )
-        std = torch.ones(shape[1], device=device)
-        return common.Data(images, labels, images, labels, ["0", "1", "2"], std, std, args.image_size)
+        n = 2 * args.batch_size
+        if args.dataset in common.TOYS:
+            images = torch.zeros(n, 2, device=device)
+        else:
+            size = args.image_size
+            images = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+        std = torch.ones(images.shape[1], device=device)
+        classes = ["0", "1", "2"]
+        return common.Data(images, labels, images, labels, classes, std, std, args.image_size)
 
     def keep(args, model, optimizer, data):
         trained[:] = [model]
@@ -66,6 +80,10 @@ def two_steps(script, *flags, device="cuda", watch, change=lambda module: None, 
         assert loss.requires_grad and loss.is_cuda and loss.dtype == torch.float32
         for p in trained[0].parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
+
+    def batches(images, indices, _):
+        for index in indices:
+            yield images[index]
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
 
@@ -93,12 +111,14 @@ def two_steps(script, *flags, device="cuda", watch, change=lambda module: None, 
         if device == "cuda":
             replace(torch.Tensor, "backward", backward)
         else:
-            replace(common, "batches", lambda images, indices, _: (images[index] for index in indices))
+            replace(common, "batches", batches)
         script = Path(common.__file__).parent / "methods" / f"{script}.py"
-        replace(sys, "argv", [str(script), "--epochs", "1", "--out", os.path.join(folder, "run"), *flags])
+        out = os.path.join(folder, "run")
+        replace(sys, "argv", [str(script), "--epochs", "1", "--out", out, *flags])
         module = evaluate.load_method(script.stem)
         change(module)
-        module.Model = real(module.Model)  # torch turns its parameters into fake ones on their way to the device
+        # torch turns its parameters into fake ones on their way to the device.
+        module.Model = real(module.Model)
         with FakeTensorMode(allow_non_fake_inputs=True):
             module.main()
     assert steps == [1, 2]

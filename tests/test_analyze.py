@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import OWN, TINY
+from conftest import TINY, tiny
 from PIL import Image
 
 import evaluate
 
 QUICK = ["--components", "5", "20", "--device", "cpu"]
+IMAGES = (
+    "--dataset shapes --image-size 8 --backbone resnet8 --width 8 --device cpu "
+    "--batch-size 500 --projector-dim 16"
+).split()
+MODES = ["representation", "dimensional", "cluster", "intracluster", "assignment"]
 
 
 def read(folder):
@@ -24,7 +29,7 @@ def read(folder):
 def trained(run):
     def call(*methods):
         for method in methods:
-            assert run(method, *TINY, *OWN[method], "--epochs", "2").code == 0
+            assert run(method, *tiny(method), "--epochs", "2").code == 0
         return [f"runs/{method}-blobs-seed0" for method in methods]
 
     return call
@@ -42,7 +47,7 @@ def test_report(run, trained):
             assert (verdict["verdict"] == "collapsed") == (f"{mode} (" in line)
     for label, entry in numbers.items():
         assert entry["images"] == 600 and entry["epoch"] == 2
-        assert list(entry["diagnosis"]) == ["representation", "dimensional", "cluster", "intracluster", "assignment"]
+        assert list(entry["diagnosis"]) == MODES
         codes = {"cplearn": 64, "dino": 32, "swav": 32}.get(entry["method"])
         assert entry["clusters"]["by"] == ("codes" if codes else "k-means")
         assert entry["clusters"]["of"] == (codes or 3) >= entry["clusters"]["used"] >= 1
@@ -50,9 +55,11 @@ def test_report(run, trained):
         # The spectrum in the file is the one the numbers are of.
         sigma = np.sqrt(arrays[f"{label}/spectrum_embedding"])
         share = sigma[sigma > 0] / sigma.sum()
-        assert entry["effective_rank"]["embedding"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
-        assert list(entry["entropy"]["mixture"]) == ["5", "20"]
-        assert list(arrays[f"{label}/entropy_mixture"]) == list(entry["entropy"]["mixture"].values())
+        rank = np.exp(-(share * np.log(share)).sum())
+        assert entry["effective_rank"]["embedding"] == pytest.approx(rank, rel=1e-6)
+        mixture = entry["entropy"]["mixture"]
+        assert list(mixture) == ["5", "20"]
+        assert list(arrays[f"{label}/entropy_mixture"]) == list(mixture.values())
         assert label in page
     # One page with its pictures inside, which asks nothing of the network; each is a file too.
     sources = re.findall(r'(?:src|href)="?([^" >]{1,31})', page)
@@ -60,7 +67,8 @@ def test_report(run, trained):
     assert not re.search(r"https?://|<script|@import|url\(", page)
     names = {path.stem for path in Path("report").glob("*.png")}
     shared = {"spectra", "entropy", "curves_linear", "curves_log", "tsne"}
-    assert names == shared | {f"{kind}-{label}" for label in numbers for kind in ("matrices", "nearest")}
+    own = {f"{kind}-{label}" for label in numbers for kind in ("matrices", "nearest")}
+    assert names == shared | own
     for path in Path("report").glob("*.png"):
         with Image.open(path) as image:
             image.verify()
@@ -68,10 +76,8 @@ def test_report(run, trained):
 
 
 def test_images_with_untrained_networks_and_fewer_images(run):
-    flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
-    flags += ["--batch-size", "500", "--projector-dim", "16"]
-    assert run("cplearn", *flags, "--c", "64", "--epochs", "1").code == 0
-    assert run("vicreg", *flags, "--epochs", "1").code == 0
+    assert run("cplearn", *IMAGES, "--c", "64", "--epochs", "1").code == 0
+    assert run("vicreg", *IMAGES, "--epochs", "1").code == 0
     paths = ["runs/cplearn-shapes-seed0/last.pt", "runs/vicreg-shapes-seed0"]
     result = run("analyze", *paths, "--init", "--images", "100", "--out", "report", *QUICK)
     assert result.code == 0, result.err
@@ -79,8 +85,10 @@ def test_images_with_untrained_networks_and_fewer_images(run):
     names = ["cplearn-shapes-seed0 (untrained)", "cplearn-shapes-seed0"]
     assert list(numbers) == [*names, "vicreg-shapes-seed0 (untrained)", "vicreg-shapes-seed0"]
     assert [entry["epoch"] for entry in numbers.values()] == [0, 1, 0, 1]
-    assert all(entry["images"] == 100 and len(arrays[f"{label}/labels"]) == 100 for label, entry in numbers.items())
-    log = [json.loads(line) for line in Path("runs/cplearn-shapes-seed0/log.jsonl").read_text().splitlines()[1:]]
+    for label, entry in numbers.items():
+        assert entry["images"] == 100 and len(arrays[f"{label}/labels"]) == 100
+    lines = Path("runs/cplearn-shapes-seed0/log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines[1:]]
     # The log's figures are of other images, so nearly the same.
     before, after = (numbers[name]["center_norm"] for name in names)
     assert before == pytest.approx(log[0]["center_norm"], abs=0.1)
@@ -97,7 +105,8 @@ def test_other_data_than_training(run, trained):
 
 
 def test_a_collapsed_network_gives_a_report_too(run, trained):
-    """All embeddings and features one vector: no division by zero on the way to the verdict, no NaN in the JSON."""
+    """All embeddings and features one vector: no division by zero on the way to the verdict, no NaN
+    in the JSON."""
     (path,) = trained("simsiam")
     state = torch.load(Path(path, "last.pt"), weights_only=True)
     state["model"] = {name: torch.zeros_like(value) for name, value in state["model"].items()}
@@ -108,7 +117,8 @@ def test_a_collapsed_network_gives_a_report_too(run, trained):
     (entry,) = read("report")[0].values()
     assert entry["diagnosis"]["representation"]["verdict"] == "collapsed"
     assert "dead: representation (0.00) collapse" in result.out
-    assert entry["effective_rank"] == {"embedding": 0, "features": 0} and entry["power_law"]["features"] is None
+    assert entry["effective_rank"] == {"embedding": 0, "features": 0}
+    assert entry["power_law"]["features"] is None
     assert "NaN" not in Path("report/report.json").read_text()
     assert not Path("report/curves_linear.png").exists()
     state["model"] = {name: value.float() * torch.nan for name, value in state["model"].items()}
@@ -118,7 +128,8 @@ def test_a_collapsed_network_gives_a_report_too(run, trained):
 
 
 def test_codes_are_quasi_orthogonal(run):
-    """Eq. 5: mean 0 and variance 1 / f of the cosines, whatever c; Hadamard codes are orthogonal."""
+    """Eq. 5: mean 0 and variance 1 / f of the cosines, whatever c; Hadamard codes are
+    orthogonal."""
     assert run("analyze", "--codes", "64", "64", "2048", "--out", "report").code == 0
     numbers, arrays, _ = read("report")
     assert [entry["c"] for entry in numbers] == [64, 2048]
@@ -161,31 +172,24 @@ def test_few_images_of_one_class(run, tmp_path):
         for i in range(n):
             pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / split / "only" / f"{i}.png")
-    flags = [
-        "--dataset",
-        "folder",
-        "--data-dir",
-        "images",
-        "--image-size",
-        "8",
-        "--backbone",
-        "resnet8",
-        "--width",
-        "8",
-    ]
-    assert run("cplearn", *flags, "--c", "16", "--projector-dim", "8", "--batch-size", "5", "--epochs", "1").code == 0
+    flags = (
+        "--dataset folder --data-dir images --image-size 8 --backbone resnet8 --width 8 "
+        "--c 16 --projector-dim 8 --batch-size 5 --epochs 1"
+    )
+    assert run("cplearn", *flags.split()).code == 0
     result = run("analyze", "runs/cplearn-folder-seed0", "--out", "report", *QUICK)
     assert result.code == 0, result.err
     (entry,) = read("report")[0].values()
     assert entry["images"] == 5 and entry["entropy"]["mixture"] == {}
     for i in range(2):
         (tmp_path / "images" / "val" / "only" / f"{i}.png").unlink()
-    assert "at least 4 test images" in run("analyze", "runs/cplearn-folder-seed0", "--out", "other", *QUICK).error
+    few = run("analyze", "runs/cplearn-folder-seed0", "--out", "other", *QUICK)
+    assert "at least 4 test images" in few.error
 
 
 def test_data_that_is_not_there_leaves_no_half_report(run):
-    flags = ["--dataset", "shapes", "--image-size", "8", "--backbone", "resnet8", "--width", "8", "--device", "cpu"]
-    assert run("simclr", *flags, "--batch-size", "500", "--projector-dim", "16", "--epochs", "1").code == 0
-    result = run("analyze", "runs/simclr-shapes-seed0", "--dataset", "folder", "--data-dir", "gone", "--out", "report")
+    assert run("simclr", *IMAGES, "--epochs", "1").code == 0
+    elsewhere = ["--dataset", "folder", "--data-dir", "gone"]
+    result = run("analyze", "runs/simclr-shapes-seed0", *elsewhere, "--out", "report")
     assert "no images in 'gone/train'" in result.error
     assert not Path("report").exists()

@@ -1,6 +1,8 @@
-"""The batched augmentation against torchvision's functional operations, image by image with the same parameters."""
+"""The batched augmentation against torchvision's functional operations, image by image with the
+same parameters."""
 
 import argparse
+import itertools
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ def by_torchvision(image, p, mean, std, size, padding=0):
     x = image.float() / 255
     top, left, height, width = (int(v) for v in p["crop"])
     if padding:
-        x = TF.crop(TF.pad(x, [padding] * 4, padding_mode="reflect"), top + padding, left + padding, height, width)
+        x = TF.pad(x, [padding] * 4, padding_mode="reflect")
+        x = TF.crop(x, top + padding, left + padding, height, width)
         x = TF.resize(x, [size, size], antialias=False)
     else:
-        x = TF.resized_crop(x, top, left, height, width, [size, size], antialias=x.shape[-1] == size)
+        antialias = x.shape[-1] == size
+        x = TF.resized_crop(x, top, left, height, width, [size, size], antialias=antialias)
     if p["flip"]:
         x = TF.horizontal_flip(x)
     jitter = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
@@ -54,16 +58,20 @@ def test_every_image_is_torchvisions(source, size, kind):
     for i in range(40):
         p = {k: v if k == "order" else v[i] for k, v in parameters.items()}
         expected = by_torchvision(images[i], p, mean, std, size, settings.get("padding", 0))
-        # Solarisation and hue jump where two values nearly tie, so a few pixels may land on the other side.
+        # Solarisation and hue jump where two values nearly tie, so a few pixels may land on the
+        # other side.
         off = (got[i] - expected).abs() > 1e-3
         assert off.float().mean() < 2e-3, (i, (got[i] - expected).abs().max())
 
 
 def test_crops_are_distributed_as_torchvisions():
     torch.manual_seed(0)
-    theirs = [RandomResizedCrop.get_params(torch.zeros(3, 32, 32), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+    image, theirs = torch.zeros(3, 32, 32), []
+    for _ in range(4000):
+        theirs.append(RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)))
     theirs = torch.tensor(theirs).float()
-    ours = common.draw_augmentation(40_000, common.AUGMENT["strong"], 32, common.generator(0))["crop"].float()
+    drawn = common.draw_augmentation(40_000, common.AUGMENT["strong"], 32, common.generator(0))
+    ours = drawn["crop"].float()
     assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all()
     # Means within four standard errors, and the spread.
     error = theirs.std(0) / 4000**0.5
@@ -76,14 +84,22 @@ def test_probabilities_and_ranges():
     assert p["flip"].float().mean().item() == pytest.approx(0.5, abs=0.02)
     assert p["grayscale"].float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert (p["brightness"] != 1).float().mean().item() == pytest.approx(0.8, abs=0.02)
-    assert p["brightness"].min() >= 0.6 and p["brightness"].max() <= 1.4 and p["hue"].abs().max() <= 0.1
+    assert p["brightness"].min() >= 0.6 and p["brightness"].max() <= 1.4
+    assert p["hue"].abs().max() <= 0.1
     weak = common.draw_augmentation(20_000, common.AUGMENT["weak"], 32, common.generator(1))
     assert set(weak["crop"][:, 0].tolist()) == set(range(-4, 5))
     assert (weak["brightness"] != 1).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
 def make_args(**changes):
-    settings = {"dataset": "shapes", "image_size": 32, "batch_size": 64, "seed": 0, "augment": "strong", "data_dir": ""}
+    settings = {
+        "dataset": "shapes",
+        "image_size": 32,
+        "batch_size": 64,
+        "seed": 0,
+        "augment": "strong",
+        "data_dir": "",
+    }
     return argparse.Namespace(**settings | changes)
 
 
@@ -91,13 +107,15 @@ def test_views_depend_on_seed_epoch_and_step_alone():
     args = make_args()
     data = common.load_data(args, torch.device("cpu"))
     views = ({}, {"solarize": 0.2})
-    whole = [pair for pair, _ in zip(common.two_views(data, args, views, 3), range(4), strict=False)]
+    whole = list(itertools.islice(common.two_views(data, args, views, 3), 4))
     later = next(iter(common.two_views(data, args, views, 3, first=2)))
     assert torch.equal(whole[2][0], later[0]) and torch.equal(whole[2][1], later[1])
     assert not torch.equal(whole[2][0], whole[2][1])
     other = next(iter(common.two_views(data, args, views, 4, first=2)))
     assert not torch.equal(other[0], later[0])
-    assert sum(1 for _ in common.two_views(data, make_args(batch_size=1999), views, 0)) == 2  # 5000 = 2 · 1999 + rest
+    # 5000 images are two batches of 1999 and a rest.
+    batches = list(common.two_views(data, make_args(batch_size=1999), views, 0))
+    assert len(batches) == 2
 
 
 @pytest.mark.parametrize("augment", ["strong", "weak"])
@@ -135,7 +153,9 @@ def test_no_two_batches_are_augmented_alike(monkeypatch):
 def test_toy_views_are_two_samples_of_one_class():
     args = make_args(dataset="moons")
     data = common.load_data(args, torch.device("cpu"))
-    lookup = {tuple(x.tolist()): int(y) for x, y in zip(data.normalise(data.images), data.labels, strict=True)}
+    lookup = {}
+    for point, label in zip(data.normalise(data.images), data.labels, strict=True):
+        lookup[tuple(point.tolist())] = int(label)
     partners = set()
     for x1, x2 in common.two_views(data, args, ({}, {}), 0):
         for a, b in zip(x1.tolist(), x2.tolist(), strict=True):

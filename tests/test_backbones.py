@@ -42,7 +42,8 @@ def test_vit_loads_into_torchvisions_own(size, patch):
 
 @pytest.mark.parametrize("width, parameters", [(128, 1_037_184), (256, 4_138_752)])
 def test_resnet8_has_table_5s_layers(width, parameters):
-    """Eight 3 × 3 convolutions and a 1 × 1 shortcut with biases, on 32, 32, 16, 16, 8, 8, 8, 8 pixels, no norm."""
+    """Eight 3 × 3 convolutions and a 1 × 1 shortcut with biases, on 32, 32, 16, 16, 8, 8, 8, 8
+    pixels, no norm."""
     net = build("resnet8", width=width)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert not any("Norm" in type(m).__name__ for m in net.modules())
@@ -54,7 +55,9 @@ def test_resnet8_has_table_5s_layers(width, parameters):
     assert sizes == [32, 32, 16, 16, 8, 8, 8, 8]
 
 
-@pytest.mark.parametrize("name, width, features", [("resnet18", 16, 128), ("resnet50", 16, 512), ("vit_small", 64, 64)])
+@pytest.mark.parametrize(
+    "name, width, features", [("resnet18", 16, 128), ("resnet50", 16, 512), ("vit_small", 64, 64)]
+)
 def test_width_narrows_every_stage(name, width, features):
     net = build(name, width=width)
     assert net.num_features == features

@@ -1,4 +1,5 @@
-"""--compile gives the steps of the plain network, in one graph, and compiles nothing again after its first steps."""
+"""--compile gives the steps of the plain network, in one graph, and compiles nothing again after
+its first steps. tests/test_distributed.py has compiled code in several processes."""
 
 import argparse
 import json
@@ -6,23 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, OWN, TINY, launch
+from cases import CASES
+from conftest import METHODS, tiny
 
 import common
 
 
 def losses(run, method, out, *flags):
-    result = run(method, *TINY, *OWN[method], "--epochs", "2", "--out", out, *flags)
+    result = run(method, *tiny(method), "--epochs", "2", "--out", out, *flags)
     assert result.code == 0, result.err
-    return logged(out)
-
-
-def logged(folder):
-    return [json.loads(line)["loss"] for line in Path(folder, "log.jsonl").read_text().splitlines()[2:]]
+    return [
+        json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()[2:]
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_graph_and_no_recompilation(method, run, monkeypatch):
+    """One of the network, and one of its teacher."""
     compile_, end_step, graphs = torch.nn.Module.compile, common.Run.end_step, []
 
     def count(training_run, terms):
@@ -30,15 +31,19 @@ def test_one_graph_and_no_recompilation(method, run, monkeypatch):
         end_step(training_run, terms)
 
     plain = losses(run, method, "plain")
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_(m, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m: compile_(m, backend="eager", fullgraph=True)
+    )
     monkeypatch.setattr(common.Run, "end_step", count)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert losses(run, method, "compiled", "--compile") == pytest.approx(plain, rel=1e-6)
-    assert set(graphs) == {2 if method in ("byol", "dino") else 1}  # the network's and the teacher's
+    assert set(graphs) == {2 if CASES[method].teacher else 1}
 
 
-@pytest.mark.parametrize("backbone, width", [("resnet8", 8), ("resnet18", 16), ("resnet50", 16), ("vit_small", 64)])
+@pytest.mark.parametrize(
+    "backbone, width", [("resnet8", 8), ("resnet18", 16), ("resnet50", 16), ("vit_small", 64)]
+)
 def test_every_backbone_is_one_graph(backbone, width):
     torch._dynamo.reset()
     args = argparse.Namespace(backbone=backbone, width=width, dataset="cifar10", image_size=32)
@@ -46,14 +51,3 @@ def test_every_backbone_is_one_graph(backbone, width):
     expected = net(x)
     net.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(net(x), expected)
-
-
-def test_compiled_code_of_two_processes_takes_the_same_steps(run, long):
-    for method in METHODS if long else ["simclr"]:
-        plain = losses(run, method, f"{method}-plain")
-        flags = [*TINY, *OWN[method], "--epochs", 2, "--compile", "--out", f"{method}-compiled"]
-        training = launch(method, *flags, processes=2)
-        assert training.wait() == 0, training.stderr.read()
-        # Whitening amplifies rounding: without --compile, two processes and one differ by 0.8 % after two epochs.
-        bound = 3e-2 if method == "wmse" else 1e-3
-        assert logged(f"{method}-compiled") == pytest.approx(plain, rel=bound)

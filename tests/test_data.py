@@ -32,9 +32,10 @@ def images(tmp_path, monkeypatch):
         for name in ("cat", "dog"):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
-            for i in range(count):
-                shape = (40, 24, 3) if i == 0 else (16, 16) if i == 1 else (16, 16, 3)
-                Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+            shapes = [(40, 24, 3), (16, 16), *[(16, 16, 3)] * 4]
+            for i, shape in enumerate(shapes[:count]):
+                pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
     return tmp_path / "images"
 
 
@@ -58,15 +59,18 @@ def test_folder_holds_the_files_pixels(images):
 
 
 def test_large_images_are_kept_larger_than_the_network_sees_them(images):
-    """256 pixels for 224: random crops are cut out of the larger image, and the middle is what evaluation sees."""
+    """256 pixels for 224: random crops are cut out of the larger image, and the middle is what
+    evaluation sees."""
     data = load(image_size=70)
     assert data.images.shape == (12, 3, 80, 80)
     x = data.normalise(data.images)
     assert x.shape == (12, 3, 70, 70)
     expected = (data.images[3, 1, 5:75, 5:75] / 255 - data.mean[1]) / data.std[1]
     torch.testing.assert_close(x[3, 1], expected)
-    args = argparse.Namespace(dataset="folder", image_size=70, batch_size=4, seed=0, augment="strong")
-    assert [x.shape for x in next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))] == [(4, 3, 70, 70)] * 2
+    args = argparse.Namespace(dataset="folder", image_size=70, batch_size=4)
+    args.seed, args.augment = 0, "strong"
+    x1, x2 = next(common.two_views(data, args, ({}, {"blur": 1.0}), 0))
+    assert x1.shape == x2.shape == (4, 3, 70, 70)
 
 
 def test_only_the_first_process_of_a_machine_looks_at_each_file(images, monkeypatch):
@@ -117,7 +121,8 @@ def test_two_runs_may_write_one_cache_at_the_same_time(images, tmp_path):
         pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "train" / "cat" / f"more{i}.png")
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=common.read_folder, args=(Path("images"), 16, "folder")) for _ in range(2)]
+    arguments = (Path("images"), 16, "folder")
+    runs = [fork.Process(target=common.read_folder, args=arguments) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
@@ -177,17 +182,22 @@ def test_imagenet100_takes_the_published_classes(images, capsys):
     assert len(data.images) == 100 and data.classes == sorted(common.IMAGENET100)
 
 
-@pytest.mark.parametrize("name, cls", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
+@pytest.mark.parametrize(
+    "name, cls", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")]
+)
 def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
-    """torchvision gives CIFAR as (N, H, W, 3) with `targets`, SVHN as (N, 3, H, W) with `labels`."""
+    """torchvision gives CIFAR as (N, H, W, 3) with `targets`, SVHN as (N, 3, H, W) with
+    `labels`."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 
     def fake(root, download, train=None, split=None):
         if name == "svhn":
             assert split in ("train", "test") and train is None
-            return types.SimpleNamespace(data=pixels.transpose(0, 3, 1, 2), labels=np.arange(20) % 10)
+            images = pixels.transpose(0, 3, 1, 2)
+            return types.SimpleNamespace(data=images, labels=np.arange(20) % 10)
         assert split is None
-        return types.SimpleNamespace(data=pixels, targets=[i % 10 for i in range(20)], classes=list("abcdefghij"))
+        targets = [i % 10 for i in range(20)]
+        return types.SimpleNamespace(data=pixels, targets=targets, classes=list("abcdefghij"))
 
     monkeypatch.setattr(torchvision.datasets, cls, fake)
     data = load(dataset=name, image_size=32)
@@ -196,13 +206,16 @@ def test_torchvision_sets_become_one_tensor(name, cls, monkeypatch):
     assert load(dataset=name, image_size=16).images.shape == (20, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name, file", [("cifar10", "cifar-10-python.tar.gz"), ("svhn", "train_32x32.mat")])
+@pytest.mark.parametrize(
+    "name, file", [("cifar10", "cifar-10-python.tar.gz"), ("svhn", "train_32x32.mat")]
+)
 def test_no_connection_says_what_to_do(name, file, tmp_path, monkeypatch, capsys):
     def offline(*args, **kwargs):
         raise URLError("no connection")
 
     monkeypatch.chdir(tmp_path)
-    for module in (torchvision.datasets.cifar, torchvision.datasets.svhn, torchvision.datasets.utils):
+    datasets = torchvision.datasets
+    for module in (datasets.cifar, datasets.svhn, datasets.utils):
         for function in ("download_and_extract_archive", "download_url"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, offline)
@@ -224,7 +237,8 @@ def test_shapes_cannot_be_told_by_pixels_or_brightness():
     """Neighbours by pixels or by histograms of gray find few classes."""
     data = load(dataset="shapes", image_size=16)
     pixels, tests = (images.flatten(1).float() for images in (data.images, data.test_images))
-    histograms, others = (torch.stack([x.histc(16, 0, 255) for x in images]) for images in (pixels, tests))
+    histograms = torch.stack([x.histc(16, 0, 255) for x in pixels])
+    others = torch.stack([x.histc(16, 0, 255) for x in tests])
     assert common.knn_accuracy(pixels, data.labels, tests, data.test_labels) < 0.3
     assert common.knn_accuracy(histograms, data.labels, others, data.test_labels) < 0.3
 
@@ -236,8 +250,14 @@ def test_a_network_that_is_told_the_labels_tells_the_shapes():
     images, tests = (x.float() / 255 - 0.4 for x in (data.images, data.test_images))
     layers = []
     for a, b in ((3, 16), (16, 32), (32, 64)):
-        layers += [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
-    net = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        layers += [
+            torch.nn.Conv2d(a, b, 3, padding=1),
+            torch.nn.BatchNorm2d(b),
+            torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2),
+        ]
+    layers += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)]
+    net = torch.nn.Sequential(*layers)
     batches = [rows for _ in range(6) for rows in torch.randperm(5000).split(128)]
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=len(batches))
@@ -262,8 +282,8 @@ def test_the_monitor_sees_all_classes():
 def test_toys_are_three_separable_classes(name):
     data = load(dataset=name)
     assert data.images.shape == (1500, 2) and torch.bincount(data.labels).tolist() == [500] * 3
-    accuracy = common.knn_accuracy(
-        torch.cat([data.images, torch.ones(1500, 1)], 1), data.labels,
-        torch.cat([data.test_images, torch.ones(600, 1)], 1), data.test_labels, k=5,
-    )  # fmt: skip
+    # Cosines of (x, y, 1) tell points in one direction apart.
+    points = torch.cat([data.images, torch.ones(1500, 1)], 1)
+    tests = torch.cat([data.test_images, torch.ones(600, 1)], 1)
+    accuracy = common.knn_accuracy(points, data.labels, tests, data.test_labels, k=5)
     assert accuracy > 0.95

@@ -10,11 +10,12 @@ import common
 
 
 def embeddings(n, d, modes, seed=0):
-    """Embeddings (n, d) and codes (n,) of 64 that suffer exactly these of "D", "C" and "I", as "Collapse-Proof ...",
-    Figure 1, draws them; without any a cloud in all directions whose codes are used alike.
+    """Embeddings (n, d) and codes (n,) of 64 that suffer exactly these of "D", "C" and "I", as
+    "Collapse-Proof ...", Figure 1, draws them; without any a cloud in all directions whose codes
+    are used alike.
 
-    D: in a plane. I: in clusters of a thousandth of their distances; so that their centers span all dimensions without
-    D, there are n / 8 of them, with it four. C: three or four codes are used.
+    D: in a plane. I: in clusters of a thousandth of their distances; so that their centers span all
+    dimensions without D, there are n / 8 of them, with it four. C: three or four codes are used.
     """
     rng = common.generator(seed)
     dims = 2 if "D" in modes else d
@@ -29,7 +30,9 @@ def embeddings(n, d, modes, seed=0):
     else:
         z = torch.randn(n, dims, generator=rng)
         codes = torch.arange(n) % (3 if "C" in modes else 64)
-    return z @ torch.linalg.qr(torch.randn(d, dims, generator=rng))[0].T if "D" in modes else z, codes
+    if "D" in modes:
+        z = z @ torch.linalg.qr(torch.randn(d, dims, generator=rng))[0].T
+    return z, codes
 
 
 CASES = ["", "D", "C", "I", "DC", "DI", "CI", "DCI"]
@@ -41,10 +44,12 @@ NAMES = {"D": "dimensional", "C": "cluster", "I": "intracluster"}
 def test_each_collapse_and_overlap_is_named_and_no_other(n, d, modes):
     z, codes = embeddings(n, d, modes)
     report = analyze.diagnose(z, codes, 64)
-    assert {m for m, r in report.items() if r["verdict"] == "collapsed"} == {NAMES[mode] for mode in modes}
+    named = {mode for mode, r in report.items() if r["verdict"] == "collapsed"}
+    assert named == {NAMES[mode] for mode in modes}
     assert report.pop("assignment")["verdict"] == "no codes"
     assert {r["verdict"] for r in report.values()} <= {"collapsed", "ok"}
-    assert all((r["number"] < r["threshold"]) == (r["verdict"] == "collapsed") for r in report.values())
+    for r in report.values():
+        assert (r["number"] < r["threshold"]) == (r["verdict"] == "collapsed")
 
 
 @pytest.mark.parametrize("n, d", [(256, 16), (256, 2048), (10_000, 128)])
@@ -53,18 +58,23 @@ def test_one_vector_for_all_is_representation_collapse(n, d):
     for noise in (0, 1e-3):
         z = torch.ones(d) + noise * torch.randn(n, d, generator=common.generator(1))
         report = analyze.diagnose(z, codes, 64)
-        assert [r["verdict"] for r in report.values()] == ["collapsed", *["implied"] * 3, "no codes"]
+        verdicts = [r["verdict"] for r in report.values()]
+        assert verdicts == ["collapsed", "implied", "implied", "implied", "no codes"]
     report = analyze.diagnose(torch.zeros(n, d))
-    assert report["representation"]["verdict"] == "collapsed" and report["representation"]["number"] == 0
+    assert report["representation"]["verdict"] == "collapsed"
+    assert report["representation"]["number"] == 0
 
 
 @pytest.mark.parametrize("modes", CASES)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_scale_and_precision_do_not_matter(modes, scale):
     z, codes = embeddings(500, 64, modes, seed=2)
-    verdicts = [r["verdict"] for r in analyze.diagnose(z, codes, 64).values()]
-    assert [r["verdict"] for r in analyze.diagnose(scale * z, codes, 64).values()] == verdicts
-    assert [r["verdict"] for r in analyze.diagnose(z.bfloat16(), codes, 64).values()][1:3] == verdicts[1:3]
+
+    def verdicts(z):
+        return [r["verdict"] for r in analyze.diagnose(z, codes, 64).values()]
+
+    assert verdicts(scale * z) == verdicts(z)
+    assert verdicts(z.bfloat16())[1:3] == verdicts(z)[1:3]
 
 
 def test_without_codes_cluster_collapse_is_undefined():
@@ -73,27 +83,33 @@ def test_without_codes_cluster_collapse_is_undefined():
 
 
 def test_uniform_assignments_are_named():
-    """Scores that are nearly equal are the start of training. Sharp ones have left it, whichever code they choose."""
+    """Scores that are nearly equal are the start of training. Sharp ones have left it, whichever
+    code they choose."""
     z, codes = embeddings(300, 16, "")
     scores = torch.randn(300, 64, generator=common.generator(0))
     for temperature, verdict in ((10, "still uniform"), (0.1, "ok")):
         entropy = common.normalised_entropy(scores / temperature)
-        expected = 1 - torch.distributions.Categorical(logits=scores / temperature).entropy().mean() / math.log(64)
+        p = torch.distributions.Categorical(logits=scores / temperature)
+        expected = 1 - p.entropy().mean() / math.log(64)
         report = analyze.diagnose(z, codes, 64, entropy=entropy)
         assert report["assignment"]["number"] == pytest.approx(expected.item(), abs=1e-6)
         assert report["assignment"]["verdict"] == verdict
         assert {r["verdict"] for mode, r in report.items() if mode != "assignment"} == {"ok"}
     # One vector for all can have sharp assignments too.
-    assert analyze.diagnose(torch.ones(300, 16), codes, 64, entropy=entropy)["assignment"]["verdict"] == "ok"
+    report = analyze.diagnose(torch.ones(300, 16), codes, 64, entropy=entropy)
+    assert report["assignment"]["verdict"] == "ok"
 
 
 def test_more_codes_than_images():
-    """Each image on a code of its own is the most that n images can use of c codes; sqrt(n) codes are the threshold."""
+    """Each image on a code of its own is the most that n images can use of c codes; sqrt(n) codes
+    are the threshold."""
     z = embeddings(1000, 16, "")[0]
-    assert analyze.diagnose(z, torch.arange(1000) * 16, 16_384)["cluster"]["number"] == pytest.approx(1)
+    report = analyze.diagnose(z, torch.arange(1000) * 16, 16_384)["cluster"]
+    assert report["number"] == pytest.approx(1)
     for used, verdict in ((25, "collapsed"), (40, "ok")):
         report = analyze.diagnose(z, torch.arange(1000) % used, 16_384)["cluster"]
-        assert report["number"] == pytest.approx(math.log(used) / math.log(1000)) and report["verdict"] == verdict
+        assert report["number"] == pytest.approx(math.log(used) / math.log(1000))
+        assert report["verdict"] == verdict
 
 
 def test_rare_codes_hardly_count():
@@ -101,13 +117,16 @@ def test_rare_codes_hardly_count():
     codes = torch.arange(1000).clamp_max(63)
     report = analyze.diagnose(embeddings(1000, 16, "")[0], codes, 64)["cluster"]
     entropy = -(0.937 * math.log(0.937) + 63 * 0.001 * math.log(0.001))
-    assert report["number"] == pytest.approx(entropy / math.log(64)) and report["verdict"] == "collapsed"
+    assert report["number"] == pytest.approx(entropy / math.log(64))
+    assert report["verdict"] == "collapsed"
 
 
 def test_no_more_dimensions_are_asked_for_than_an_input_has():
-    """A plane is a collapse of 16 dimensions, but not where the inputs are points of a plane; a line is."""
+    """A plane is a collapse of 16 dimensions, but not where the inputs are points of a plane; a
+    line is."""
     for spread, verdict in (([1.0, 1.0], "ok"), ([1.0, 0.01], "collapsed")):
-        z = torch.randn(500, 2, generator=common.generator(0)) * torch.tensor(spread) @ torch.eye(2, 16)
+        points = torch.randn(500, 2, generator=common.generator(0)) * torch.tensor(spread)
+        z = points @ torch.eye(2, 16)
         z[:, 2:] += 0.001 * torch.randn(500, 14, generator=common.generator(1))
         assert analyze.diagnose(z)["dimensional"]["verdict"] == "collapsed"
         assert analyze.diagnose(z, inputs=2)["dimensional"]["verdict"] == verdict
@@ -127,11 +146,13 @@ def test_too_few_embeddings():
 
 
 def test_cluster_gap_closed_forms():
-    """On a line the ratios r_k / r_{k+1} are U^(1/k), independent, so P(min > t) = Π (1 - t^k), a half at t = 0.36."""
+    """On a line the ratios r_k / r_{k+1} are U^(1/k), independent, so P(min > t) = Π (1 - t^k), a
+    half at t = 0.36."""
     line = torch.rand(10_000, 1, generator=common.generator(0), dtype=torch.float64)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     survival = (1 - t[:, None] ** torch.arange(1, 200)).prod(1)
-    assert analyze.cluster_gap(line) == pytest.approx(t[(survival - 0.5).abs().argmin()].item(), abs=0.03)
+    median = t[(survival - 0.5).abs().argmin()].item()
+    assert analyze.cluster_gap(line) == pytest.approx(median, abs=0.03)
     # Pairs at distance 0.1, each 3 away from the next pair: the jump is from 0.1 to 3.
     pairs = 3.1 * torch.arange(50).repeat_interleave(2) + 0.1 * (torch.arange(100) % 2)
     assert analyze.cluster_gap(pairs[:, None]) == pytest.approx(0.1 / 3, rel=1e-4)

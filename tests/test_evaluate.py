@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import METHODS, OWN, TINY
+from cases import CASES
+from conftest import METHODS, tiny
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
@@ -29,11 +31,14 @@ def test_linear_probe_is_a_logistic_regression():
     rng = torch.Generator().manual_seed(0)
     centers = 0.8 * torch.randn(5, 20, generator=rng)
     labels, test_labels = (torch.randint(5, (n,), generator=rng) for n in (2000, 1000))
-    x, test_x = (100 * (centers[y] + torch.randn(len(y), 20, generator=rng)) + 7 for y in (labels, test_labels))
+    x = 100 * (centers[labels] + torch.randn(2000, 20, generator=rng)) + 7
+    test_x = 100 * (centers[test_labels] + torch.randn(1000, 20, generator=rng)) + 7
     scaler = StandardScaler().fit(x.numpy())
-    judge = LogisticRegression(C=1e3, max_iter=1000).fit(scaler.transform(x.numpy()), labels.numpy())
+    judge = LogisticRegression(C=1e3, max_iter=1000)
+    judge.fit(scaler.transform(x.numpy()), labels.numpy())
     expected = judge.score(scaler.transform(test_x.numpy()), test_labels.numpy())
-    assert evaluate.linear_probe(x, labels, test_x, test_labels) == pytest.approx(expected, abs=0.02)
+    accuracy = evaluate.linear_probe(x, labels, test_x, test_labels)
+    assert accuracy == pytest.approx(expected, abs=0.02)
 
 
 def test_probe_of_one_class_or_constant_features():
@@ -52,7 +57,8 @@ def test_kmeans_is_as_good_as_scikit_learns():
     )
 
     def inertia(assigned):
-        return sum((x[assigned == k] - x[assigned == k].mean(0)).square().sum().item() for k in np.unique(assigned))
+        clusters = [x[assigned == k] for k in np.unique(assigned)]
+        return sum((z - z.mean(0)).square().sum().item() for z in clusters)
 
     judge = KMeans(8, n_init=10, random_state=0).fit(x.numpy())
     assigned, centers = evaluate.kmeans(x, 8)
@@ -64,47 +70,59 @@ def test_kmeans_is_as_good_as_scikit_learns():
 
 @pytest.fixture
 def trained(run):
-    for method in METHODS:
-        assert run(method, *TINY, *OWN[method], "--epochs", "2").code == 0
-    return [f"runs/{method}-blobs-seed0" for method in METHODS]
+    """trained(method) -> the folder of a run of two epochs."""
+
+    def call(method):
+        assert run(method, *tiny(method), "--epochs", "2").code == 0
+        return f"runs/{method}-blobs-seed0"
+
+    return call
 
 
-def test_table_and_json(run, trained):
-    result = run("evaluate", *trained, "--init", "--device", "cpu")
+@pytest.mark.parametrize("method", METHODS)
+def test_table_and_json(method, run, trained):
+    """With the network before training, whose effective rank is in the log, too."""
+    folder = trained(method)
+    result = run("evaluate", folder, "--init", "--device", "cpu")
     assert result.code == 0, result.err
-    lines = result.out.splitlines()
-    assert len(lines) == 1 + 2 * len(METHODS)
-    assert lines[0].split() == ["checkpoint", "epoch", "linear", "knn", "nmi", "shuffled", "ami", "used", "rank"]
-    assert len({len(line) for line in lines}) == 1
-    rows = json.loads(run("evaluate", *trained, "--init", "--json", "--device", "cpu").out)
-    assert [row["epoch"] for row in rows] == [0, 2] * len(METHODS)
-    for row, line in zip(rows, lines[1:], strict=True):
+    head, *lines = result.out.splitlines()
+    figures = "checkpoint epoch linear knn nmi shuffled ami used rank"
+    assert head.split() == figures.split() and len(lines) == 2
+    assert len({len(line) for line in (head, *lines)}) == 1
+    rows = json.loads(run("evaluate", folder, "--init", "--json", "--device", "cpu").out)
+    assert [row["epoch"] for row in rows] == [0, 2]
+    # Codes or prototypes where the method has them, never an argmax over the embedding.
+    codes = CASES[method].codes
+    for row, line in zip(rows, lines, strict=True):
         assert f"{row['linear']:.3f}" == line.split()[2] and row["knn"] > 0.9
-        # Codes or prototypes where the method has them, never an argmax over the embedding's 16 dimensions.
-        sizes = {"cplearn": 64, "dino": 32, "gedi": 16, "self_classifier": 16, "swav": 32}
-        assert row["clusters_by"] == ("codes" if row["method"] in sizes else "k-means")
-        assert row["used"] <= row["clusters"] == sizes.get(row["method"], 3) and row["shuffled"] < 0.1
+        assert row["clusters_by"] == ("codes" if codes else "k-means"), "`codes` in tests/cases.py"
+        assert row["used"] <= row["clusters"] == (codes or 3) and row["shuffled"] < 0.1
+    # The log's figures are of other, fewer points.
+    untrained = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[1])
+    assert rows[0]["rank"] == pytest.approx(untrained["effective_rank"], rel=0.15)
 
 
-def test_init_is_the_network_before_training(run, trained):
-    logs = {m: json.loads(Path(f"runs/{m}-blobs-seed0/log.jsonl").read_text().splitlines()[1]) for m in METHODS}
-    rows = json.loads(run("evaluate", *trained, "--init", "--json", "--device", "cpu").out)
-    for row in rows[::2]:
-        # The log's figures are of other, fewer points.
-        assert row["rank"] == pytest.approx(logs[row["method"]]["effective_rank"], rel=0.15)
+def test_several_checkpoints_are_one_table(run, trained):
+    folders = [trained("barlow_twins"), trained("swav")]
+    lines = run("evaluate", *folders, "--device", "cpu").out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == folders
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_transfer_to_other_data(run, trained):
-    (row,) = json.loads(run("evaluate", trained[0], "--dataset", "moons", "--json", "--device", "cpu").out)
+    folder = trained("barlow_twins")
+    result = run("evaluate", folder, "--dataset", "moons", "--json", "--device", "cpu")
+    (row,) = json.loads(result.out)
     assert row["dataset"] == "moons" and row["linear"] > 0.5
-    assert "cannot read --dataset shapes" in run("evaluate", trained[0], "--dataset", "shapes").error
+    assert "cannot read --dataset shapes" in run("evaluate", folder, "--dataset", "shapes").error
 
 
 def test_bad_input_is_one_line(run, trained, tmp_path):
+    folder = tmp_path / trained("barlow_twins")
     assert "no checkpoint at 'nowhere'" in run("evaluate", "nowhere").error
     (tmp_path / "empty").mkdir()
     assert "no checkpoint at" in run("evaluate", "empty").error
-    whole = (tmp_path / trained[0] / "last.pt").read_bytes()
+    whole = (folder / "last.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     assert "damaged or not a checkpoint" in run("evaluate", "half.pt").error
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:  # one bit of a weight
@@ -114,7 +132,7 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     assert "damaged or not a checkpoint" in run("evaluate", "flipped.pt").error
     torch.save({"weights": torch.ones(2)}, tmp_path / "foreign.pt")
     assert "not a checkpoint of these methods" in run("evaluate", "foreign.pt").error
-    state = torch.load(tmp_path / trained[0] / "last.pt", weights_only=True)
+    state = torch.load(folder / "last.pt", weights_only=True)
     torch.save(state | {"method": "magic"}, tmp_path / "unknown.pt")
     assert "no methods/magic.py" in run("evaluate", "unknown.pt").error
     (tmp_path / "code.py").write_text("raise SystemExit('code of a stranger')")
@@ -123,31 +141,43 @@ def test_bad_input_is_one_line(run, trained, tmp_path):
     for change in ({"projector_dim": 8}, {"width": 10**6}, {"projector_dim": 10**9}):
         torch.save(state | {"args": state["args"] | change}, tmp_path / "other.pt")
         assert "does not fit" in run("evaluate", "other.pt").error
-    wrong = [({"seed": "many"}, "--seed: invalid int value"), ({"lr": [1]}, "--lr"), ({"magic": 1}, "--magic=1"),
-             ({"backbone": "vgg"}, "--backbone"), ({"width": -1}, "--width"), ({"compile": "yes"}, "--compile"),
-             ({3: 4}, "--3=4"), ({"out": 0, "resume": 1.5}, "--resume"), ({"width": "64"}, "'width' is '64'"),
-             ({"seed": None}, "'seed' is None"), ({"lr": False}, "'lr' is False")]  # fmt: skip
+    wrong = [
+        ({"seed": "many"}, "--seed: invalid int value"),
+        ({"lr": [1]}, "--lr"),
+        ({"magic": 1}, "--magic=1"),
+        ({"backbone": "vgg"}, "--backbone"),
+        ({"width": -1}, "--width"),
+        ({"compile": "yes"}, "--compile"),
+        ({3: 4}, "--3=4"),
+        ({"out": 0, "resume": 1.5}, "--resume"),
+        ({"width": "64"}, "'width' is '64'"),
+        ({"seed": None}, "'seed' is None"),
+        ({"lr": False}, "'lr' is False"),
+    ]
     for change, words in wrong:
         torch.save(state | {"args": state["args"] | change}, tmp_path / "other.pt")
         error = run("evaluate", "other.pt").error
         assert f"are not those of {state['method']}.py" in error and words in error
     for name in ("lr", "width"):
-        torch.save(state | {"args": {k: v for k, v in state["args"].items() if k != name}}, tmp_path / "other.pt")
+        args = dict(state["args"])
+        del args[name]
+        torch.save(state | {"args": args}, tmp_path / "other.pt")
         assert f"lacks {name!r}" in run("evaluate", "other.pt").error
     for model in ({"x": 1}, {}, state["model"] | {"head.0.weight": "three"}):
         torch.save(state | {"model": model}, tmp_path / "other.pt")
         assert "does not fit" in run("evaluate", "other.pt").error
-    cplearn = torch.load(tmp_path / trained[METHODS.index("cplearn")] / "last.pt", weights_only=True)
+    cplearn = torch.load(tmp_path / trained("cplearn") / "last.pt", weights_only=True)
     args = cplearn["args"] | {"c": 2, "projector_dim": 2**16}
     model = evaluate.load_method("cplearn").Model(argparse.Namespace(**args)).state_dict()
-    torch.save(cplearn | {"args": args | {"c": 2**26}, "model": model}, tmp_path / "other.pt")  # 4 TB of codes
+    args["c"] = 2**26  # 4 TB of codes
+    torch.save(cplearn | {"args": args, "model": model}, tmp_path / "other.pt")
     assert "no memory for the network" in run("evaluate", "other.pt").error
     assert "CHECKPOINT" in run("evaluate").error
 
 
 @pytest.fixture
 def one_run(run):
-    assert run("cplearn", *TINY, *OWN["cplearn"], "--epochs", "2").code == 0
+    assert run("cplearn", *tiny("cplearn"), "--epochs", "2").code == 0
     return Path("runs/cplearn-blobs-seed0")
 
 
@@ -170,7 +200,13 @@ def test_network_of_nan_is_one_line(run, one_run):
     state = torch.load(one_run / "last.pt", weights_only=True)
     state["model"]["head.0.weight"].fill_(torch.nan)
     torch.save(state, "nan.pt")
-    assert "'nan.pt' gives features that are not finite" in run("evaluate", "nan.pt", "--device", "cpu").error
+    error = run("evaluate", "nan.pt", "--device", "cpu").error
+    assert "'nan.pt' gives features that are not finite" in error
+
+
+FOLDER = (
+    "--dataset folder --data-dir images --image-size 16 --backbone resnet8 --device cpu"
+).split()
 
 
 def draw_folder(counts, test_counts):
@@ -189,23 +225,26 @@ def no_constant(name):
     raise AssertionError(f"{name} in JSON")
 
 
-@pytest.mark.parametrize("counts, test_counts", [([10], [5]), ([10], [1]), ([9, 1], [9, 1]), ([200, 3, 1], [40, 1, 1])])
+@pytest.mark.parametrize(
+    "counts, test_counts", [([10], [5]), ([10], [1]), ([9, 1], [9, 1]), ([200, 3, 1], [40, 1, 1])]
+)
 def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
     draw_folder(counts, test_counts)
-    sizes = ["--backbone", "resnet8", "--width", 4, "--image-size", 16, "--projector-dim", 8, "--batch-size", 4]
-    for method, own in (("cplearn", ["--c", 16]), ("vicreg", [])):
-        flags = ["--dataset", "folder", "--data-dir", "images", *sizes, *own, "--epochs", 2, "--device", "cpu"]
-        assert run(method, *flags).code == 0
-    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0"]
-    assert run("evaluate", *runs, "--init", "--device", "cpu").code == 0
-    result = run("evaluate", *runs, "--init", "--json", "--save-features", "features", "--device", "cpu")
+    for method, own in (("cplearn", ["--c", "16"]), ("vicreg", [])):
+        sizes = ["--width", "4", "--projector-dim", "8", "--batch-size", "4", "--epochs", "2"]
+        assert run(method, *FOLDER, *sizes, *own).code == 0
+    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0", "--init", "--device", "cpu"]
+    assert run("evaluate", *runs).code == 0
+    result = run("evaluate", *runs, "--json", "--save-features", "features")
     rows = json.loads(result.out, parse_constant=no_constant)
     assert len(rows) == 4
     for row in rows:
         saved = np.load(row["saved"])
         labels = saved["test_labels"]
         assert np.bincount(labels).tolist() == test_counts
-        judge = KNeighborsClassifier(min(200, sum(counts)), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
+        judge = KNeighborsClassifier(
+            min(200, sum(counts)), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1)
+        )
         judge.fit(saved["train_features"], saved["train_labels"])
         assert row["knn"] == pytest.approx(judge.score(saved["test_features"], labels))
         if len(counts) > 1:
@@ -217,34 +256,47 @@ def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
         if row["method"] == "cplearn":
             codes = saved["test_codes"]
         else:
-            codes = evaluate.kmeans(torch.from_numpy(saved["test_features"]), len(counts))[0].numpy()
+            features = torch.from_numpy(saved["test_features"])
+            codes = evaluate.kmeans(features, len(counts))[0].numpy()
         assert row["nmi"] == pytest.approx(normalized_mutual_info_score(labels, codes))
         assert row["ami"] == pytest.approx(adjusted_mutual_info_score(labels, codes))
         assert 0 <= row["shuffled"] <= 1 and 1 <= row["used"] <= len(labels)
         assert row["rank"] == 0 if len(labels) == 1 else 1 <= row["rank"] <= min(8, len(labels) - 1)
         if len(counts) == 1:
             one_cluster = float(row["used"] == 1)
-            assert row["linear"] == row["knn"] == 1 and row["nmi"] == row["shuffled"] == row["ami"] == one_cluster
+            assert row["linear"] == row["knn"] == 1
+            assert row["nmi"] == row["shuffled"] == row["ami"] == one_cluster
 
 
 def test_saved_features_are_those_of_the_network(run, one_run):
-    """Against a plain torch.nn network with the checkpoint's backbone, and Eq. 1 for embedding and codes."""
+    """Against a plain torch.nn network with the checkpoint's backbone, and Eq. 1 for embedding and
+    codes."""
     flags = ["--init", "--json", "--save-features", "new/features", "--device", "cpu"]
     before, after = json.loads(run("evaluate", one_run, *flags).out)
-    names = [f"new/features/cplearn-blobs-seed0-cplearn-blobs-{kind}.npz" for kind in ("untrained", "trained")]
-    assert [before["saved"], after["saved"]] == names == sorted(map(str, Path("new/features").iterdir()))[::-1]
+    name = "new/features/cplearn-blobs-seed0-cplearn-blobs"
+    names = [f"{name}-untrained.npz", f"{name}-trained.npz"]
+    assert [before["saved"], after["saved"]] == names
+    assert {str(file) for file in Path("new/features").iterdir()} == {*names}
     saved = np.load(names[1])
     arrays = {"features", "embedding", "codes", "labels"}
-    assert set(saved) == {f"{split}_{name}" for split in ("train", "test") for name in arrays} | {"checkpoint"}
+    expected = {f"{split}_{name}" for split in ("train", "test") for name in arrays}
+    assert set(saved) == expected | {"checkpoint"}
     assert str(saved["checkpoint"]) == str(one_run)
 
     state = torch.load(one_run / "last.pt", weights_only=True)
-    net = torch.nn.Sequential(*(layer for i in range(3) for layer in (torch.nn.LazyLinear(64), torch.nn.ReLU())))[:-1]
-    net(torch.ones(1, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+    )
     net.load_state_dict(state["backbone"])
-    (points, labels), (test_points, test_labels) = (common.draw_toy("blobs", n, s) for n, s in ((1500, 0), (600, 1)))
+    points, labels = common.draw_toy("blobs", 1500, 0)
+    test_points, test_labels = common.draw_toy("blobs", 600, 1)
     head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16)).eval()
-    head.load_state_dict({k.removeprefix("head."): v for k, v in state["model"].items() if k.startswith("head.")})
+    weights = {k: v for k, v in state["model"].items() if k.startswith("head.")}
+    head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items()})
     codes = evaluate.load_method("cplearn").draw_codes("rademacher", 16, 64, 0).float()
     for split, x, y in (("train", points, labels), ("test", test_points, test_labels)):
         with torch.no_grad():
@@ -256,24 +308,30 @@ def test_saved_features_are_those_of_the_network(run, one_run):
         assert saved[f"{split}_labels"].tolist() == y.tolist()
     assert not np.array_equal(saved["train_features"], np.load(names[0])["train_features"])
     names = ("train_features", "train_labels", "test_features", "test_labels")
-    assert evaluate.linear_probe(*(torch.from_numpy(saved[name]) for name in names)) == after["linear"]
+    arrays = [torch.from_numpy(saved[name]) for name in names]
+    assert evaluate.linear_probe(*arrays) == after["linear"]
 
 
 def test_each_image_is_seen_once(run, one_run, monkeypatch):
     seen, normalise = [], common.Data.normalise
-    monkeypatch.setattr(common.Data, "normalise", lambda self, x: seen.append(len(x)) or normalise(self, x))
+
+    def watch(self, x):
+        seen.append(len(x))
+        return normalise(self, x)
+
+    monkeypatch.setattr(common.Data, "normalise", watch)
     assert run("evaluate", one_run, "--save-features", "f", "--device", "cpu").code == 0
     assert sum(seen) == 1500 + 600
 
 
 def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch):
-    """At most one test image of 90 is told otherwise, and the clusters' figures differ by less than 0.02."""
+    """At most one test image of 90 is told otherwise, and the clusters' figures differ by less than
+    0.02."""
     draw_folder([60, 60, 60], [30, 30, 30])
-    sizes = ["--backbone", "resnet8", "--width", 8, "--image-size", 16, "--projector-dim", 16, "--batch-size", 30]
     runs = ["runs/cplearn-folder-seed0", "runs/simclr-folder-seed0"]
-    for method, own in (("cplearn", ["--c", 64]), ("simclr", [])):
-        flags = ["--dataset", "folder", "--data-dir", "images", *sizes, *own, "--epochs", 3, "--device", "cpu"]
-        assert run(method, *flags).code == 0
+    for method, own in (("cplearn", ["--c", "64"]), ("simclr", [])):
+        sizes = ["--width", "8", "--projector-dim", "16", "--batch-size", "30", "--epochs", "3"]
+        assert run(method, *FOLDER, *sizes, *own).code == 0
 
     def figures(*flags):
         rows = json.loads(run("evaluate", *runs, "--json", "--device", "cpu", *flags).out)
@@ -282,18 +340,20 @@ def test_figures_depend_on_no_batch_order_of_files_or_rounding(run, monkeypatch)
     def assert_close(others):
         for one, other in zip(first, others, strict=True):
             for name, value in one.items():
-                bound = {"linear": 1 / 90, "knn": 1 / 90, "rank": 1e-3 * one["rank"]}.get(name, 0.02) + 1e-6
+                bounds = {"linear": 1 / 90, "knn": 1 / 90, "rank": 1e-3 * one["rank"]}
+                bound = bounds.get(name, 0.02) + 1e-6
                 assert abs(value - other[name]) < bound, (name, value, other[name])
 
     first = figures()
     assert all(min(row["knn"], row["linear"]) > 0.4 for row in first)
-    for file in sorted(Path("images").rglob("*.png"), reverse=True):  # the file system lists them in another order
+    # So that the file system lists them in another order.
+    for file in sorted(Path("images").rglob("*.png"), reverse=True):
         copy = Path("reversed", *file.parts[1:])
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     assert figures("--data-dir", "reversed") == first
     extract = common.extract
-    monkeypatch.setattr(common, "extract", lambda *args, **flags: extract(*args, **flags, batch_size=7))
+    monkeypatch.setattr(common, "extract", partial(extract, batch_size=7))
     assert_close(figures())
 
     def rounded_otherwise(*args, **flags):
@@ -312,15 +372,17 @@ def test_saved_features_never_overwrite_one_another(run, one_run):
         shutil.copytree(one_run, Path(name, "run"))
     shutil.copy(one_run / "last.pt", "run.pt")
     checkpoints = ["a/run", "b/run/last.pt", "run.pt"]
-    rows = json.loads(run("evaluate", *checkpoints, "--json", "--save-features", "f", "--device", "cpu").out)
+    flags = ["--save-features", "f", "--device", "cpu"]
+    rows = json.loads(run("evaluate", *checkpoints, "--json", *flags).out)
     names = [f"f/run-cplearn-blobs-trained{number}.npz" for number in ("", "-2", "-3")]
     assert [row["saved"] for row in rows] == names
     assert [str(np.load(name)["checkpoint"]) for name in names] == checkpoints
     written = [Path(name).read_bytes() for name in names]
-    assert "'f/run-cplearn-blobs-trained.npz' exists already" in run("evaluate", "b/run", "--save-features", "f").error
+    error = run("evaluate", "b/run", *flags).error
+    assert "'f/run-cplearn-blobs-trained.npz' exists already" in error
     assert [Path(name).read_bytes() for name in names] == written
     # Other data are another name.
-    assert run("evaluate", "b/run", "--dataset", "moons", "--save-features", "f", "--device", "cpu").code == 0
+    assert run("evaluate", "b/run", "--dataset", "moons", *flags).code == 0
     assert Path("f/run-cplearn-moons-trained.npz").exists()
 
 
@@ -338,4 +400,5 @@ def test_features_that_cannot_be_saved_are_refused_before_the_work(run, one_run,
     monkeypatch.setattr(common, "load_data", lambda *_: pytest.fail("the work began"))
     Path("file").touch()
     for folder in ("file", "file/below", "/proc"):  # in /proc nobody can write, not even root
-        assert f"cannot write to --save-features {folder!r}" in run("evaluate", *flags, folder).error
+        error = run("evaluate", *flags, folder).error
+        assert f"cannot write to --save-features {folder!r}" in error

@@ -22,7 +22,8 @@ def test_center_norm_closed_forms():
     # Two orthogonal directions in equal shares: the mean is (1/2, 1/2).
     assert common.center_norm(torch.eye(2).repeat(10, 1)) == pytest.approx(np.sqrt(0.5))
     # Independent directions: E ||mean||² = 1 / n.
-    norms = [common.center_norm(torch.randn(100, 64, generator=common.generator(i))) ** 2 for i in range(50)]
+    clouds = [torch.randn(100, 64, generator=common.generator(i)) for i in range(50)]
+    norms = [common.center_norm(cloud) ** 2 for cloud in clouds]
     assert np.mean(norms) == pytest.approx(1 / 100, rel=0.1)
 
 
@@ -31,7 +32,8 @@ def test_effective_rank_closed_forms():
     q = torch.linalg.qr(q - q.mean(0))[0]
     assert common.effective_rank(q) == pytest.approx(9)
     assert common.effective_rank(5 + 1e-3 * q) == pytest.approx(9)
-    assert common.effective_rank(q[:, :1] @ torch.randn(1, 30, dtype=torch.float64)) == pytest.approx(1, abs=1e-5)
+    line = q[:, :1] @ torch.randn(1, 30, dtype=torch.float64)
+    assert common.effective_rank(line) == pytest.approx(1, abs=1e-5)
     assert common.effective_rank(torch.full((10, 4), 0.1)) == 0
     sigma = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     p = (sigma / 8).numpy()
@@ -47,7 +49,8 @@ def test_effective_rank_is_that_of_numpys_singular_values(n, d):
 
 
 def test_average_correlation_is_numpys():
-    z = torch.randn(60, 7, generator=common.generator(0)) @ torch.randn(7, 7, generator=common.generator(1))
+    z = torch.randn(60, 7, generator=common.generator(0))
+    z = z @ torch.randn(7, 7, generator=common.generator(1))
     corr = np.abs(np.corrcoef(z.double().numpy().T))
     assert common.average_correlation(z) == pytest.approx((corr.sum() - 7) / 42)
     column = torch.randn(60, 1)
@@ -57,7 +60,8 @@ def test_average_correlation_is_numpys():
 
 
 def test_nmi_of_chance_is_shown_and_ami_removes_it():
-    """10,000 images of 10 classes on 16,384 random codes: NMI above a third though there is nothing to be found."""
+    """10,000 images of 10 classes on 16,384 random codes: NMI above a third though there is nothing
+    to be found."""
     rng = np.random.default_rng(0)
     labels, codes = np.arange(10_000) % 10, rng.integers(16_384, size=10_000)
     score = normalized_mutual_info_score(labels, codes)
@@ -74,16 +78,22 @@ def test_knn_is_scikit_learns_weighted_vote():
     bank, queries = torch.randn(300, 8, generator=rng), torch.randn(120, 8, generator=rng)
     bank_labels, labels = (torch.randint(5, (n,), generator=rng) for n in (300, 120))
     for k, temperature in ((1, 0.1), (20, 0.1), (200, 0.05)):
-        judge = KNeighborsClassifier(k, metric="cosine", weights=lambda d, t=temperature: np.exp((1 - d) / t))
+        judge = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda d, t=temperature: np.exp((1 - d) / t)
+        )
         judge.fit(bank.numpy(), bank_labels.numpy())
         expected = judge.score(queries.numpy(), labels.numpy())
-        assert common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature) == pytest.approx(expected)
+        accuracy = common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature)
+        assert accuracy == pytest.approx(expected)
     assert common.knn_accuracy(bank, bank_labels, bank, bank_labels, k=1) == 1
-    bank, bank_labels = torch.randn(40_000, 8, generator=rng), torch.randint(5, (40_000,), generator=rng)
+    bank = torch.randn(40_000, 8, generator=rng)
+    bank_labels = torch.randint(5, (40_000,), generator=rng)
     judge.fit(bank.numpy(), bank_labels.numpy())  # a bank that is walked over in blocks
     expected = judge.score(queries.numpy(), labels.numpy())
-    assert common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature) == pytest.approx(expected)
-    assert 0 <= common.knn_accuracy(bank[:3], bank_labels[:3], queries, labels) <= 1  # fewer images than neighbours
+    accuracy = common.knn_accuracy(bank, bank_labels, queries, labels, k, temperature)
+    assert accuracy == pytest.approx(expected)
+    # Fewer images than neighbours.
+    assert 0 <= common.knn_accuracy(bank[:3], bank_labels[:3], queries, labels) <= 1
 
 
 def test_used_codes():
@@ -93,7 +103,8 @@ def test_used_codes():
     model = torch.nn.Module()
     model.backbone = model.head = torch.nn.Identity()
     assert "used_codes" not in common.collapse_metrics(model, data)
-    model.scores, model.temperature = lambda z: 1.0 * torch.nn.functional.one_hot(z[:, 0].long(), 128), 0.2
+    model.scores = lambda z: 1.0 * torch.nn.functional.one_hot(z[:, 0].long(), 128)
+    model.temperature = 0.2
     metrics = common.collapse_metrics(model, data)
     assert metrics["used_codes"] == 3
     total = math.exp(5) + 127  # of softmax: the code has exp(1 / 0.2), the others have 1
@@ -130,7 +141,8 @@ def test_power_law_of_a_constructed_spectrum(alpha):
     noisy = ranks**-alpha * torch.exp(0.1 * torch.randn(500, generator=common.generator(0)))
     assert analyze.power_law(noisy.sort(descending=True).values) == pytest.approx(alpha, abs=0.1)
     # Directions that are rounding alone do not tilt the line.
-    assert analyze.power_law(torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])) == pytest.approx(alpha, abs=1e-9)
+    longer = torch.cat([ranks**-alpha, torch.full((100,), 1e-12)])
+    assert analyze.power_law(longer) == pytest.approx(alpha, abs=1e-9)
     assert math.isnan(analyze.power_law(torch.tensor([1.0, 0, 0])))
 
 
@@ -147,13 +159,15 @@ def test_logdet_entropy_of_a_gaussian_is_scipys():
 
 
 def test_logdet_entropy_is_biased_as_it_says():
-    """Too high for what is not Gaussian: log 1 = 0 per dimension of the unit cube; too low for n of the size of d."""
+    """Too high for what is not Gaussian: log 1 = 0 per dimension of the unit cube; too low for n of
+    the size of d."""
     cube = torch.rand(50_000, 3, generator=common.generator(0))
     assert analyze.logdet_entropy(cube, floor=0) / 3 == pytest.approx(
         0.5 * math.log(2 * math.pi * math.e / 12), abs=0.01
     )
     z, covariance = gaussian(60, 30)
-    assert analyze.logdet_entropy(z, floor=0) < multivariate_normal(cov=covariance.numpy()).entropy() - 3
+    expected = multivariate_normal(cov=covariance.numpy()).entropy()
+    assert analyze.logdet_entropy(z, floor=0) < expected - 3
 
 
 def test_pairwise_entropy_closed_forms_and_bounds():
@@ -170,17 +184,28 @@ def test_pairwise_entropy_closed_forms_and_bounds():
 
 
 def test_mixture_is_scikit_learns_step_by_step():
-    """From the same start the log-likelihood, weights, means and variances after each number of steps are equal."""
+    """From the same start the log-likelihood, weights, means and variances after each number of
+    steps are equal."""
     rng = common.generator(3)
     x = 2 * torch.randn(5, 4, generator=rng).double()[torch.randint(5, (400,), generator=rng)]
     x = x + torch.randn(400, 4, generator=rng).double()
     start = torch.full((6,), 1 / 6, dtype=torch.float64), x[:6], torch.ones(6, 4).double()
     for steps in (1, 2, 10, 50):
-        judge = GaussianMixture(6, covariance_type="diag", tol=0, reg_covar=1e-3, max_iter=steps,
-                                weights_init=start[0], means_init=start[1], precisions_init=1 / start[2])  # fmt: skip
+        judge = GaussianMixture(
+            6,
+            covariance_type="diag",
+            tol=0,
+            reg_covar=1e-3,
+            max_iter=steps,
+            weights_init=start[0],
+            means_init=start[1],
+            precisions_init=1 / start[2],
+        )
         with pytest.warns(match="converge"):
             judge.fit(x.numpy())
-        (weights, means, variances), likelihood = analyze.fit_mixture(x, 6, steps, -1.0, 1e-3, start)
+        (weights, means, variances), likelihood = analyze.fit_mixture(
+            x, 6, steps, -1.0, 1e-3, start
+        )
         assert likelihood == pytest.approx(judge.lower_bound_, abs=1e-9)
         np.testing.assert_allclose(weights.numpy(), judge.weights_, rtol=1e-6)
         np.testing.assert_allclose(means.numpy(), judge.means_, atol=1e-6)
@@ -188,11 +213,14 @@ def test_mixture_is_scikit_learns_step_by_step():
 
 
 def test_mixture_in_float32_fits_as_well_as_scikit_learn():
-    """From its own start, 50 components on 2,000 points of 30 dimensions: within 2 % of scikit-learn's likelihood."""
+    """From its own start, 50 components on 2,000 points of 30 dimensions: within 2 % of
+    scikit-learn's likelihood."""
     rng = common.generator(4)
     x = torch.randn(40, 30, generator=rng)[torch.randint(40, (2000,), generator=rng)]
     x = analyze.unit_variance(x + 0.7 * torch.randn(2000, 30, generator=rng))
-    judge = GaussianMixture(50, covariance_type="diag", reg_covar=1e-3, random_state=0).fit(x.numpy())
+    judge = GaussianMixture(50, covariance_type="diag", reg_covar=1e-3, random_state=0).fit(
+        x.numpy()
+    )
     mixture, likelihood = analyze.fit_mixture(x, 50)
     assert likelihood == pytest.approx(judge.lower_bound_, rel=0.02)
     sampled = -judge.score_samples(judge.sample(10_000)[0]).mean()
@@ -212,7 +240,9 @@ def test_mixture_entropy_closed_forms():
 def test_mixture_of_a_known_gaussian_has_its_entropy():
     z = torch.randn(20_000, 8, generator=common.generator(5)) * torch.linspace(0.5, 2, 8)
     expected = multivariate_normal(cov=np.diag(np.linspace(0.5, 2, 8) ** 2)).entropy()
-    assert analyze.mixture_entropy(analyze.fit_mixture(z, 10)[0]) == pytest.approx(expected, abs=0.1)
+    assert analyze.mixture_entropy(analyze.fit_mixture(z, 10)[0]) == pytest.approx(
+        expected, abs=0.1
+    )
 
 
 def test_unit_variance():

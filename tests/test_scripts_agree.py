@@ -1,101 +1,58 @@
-"""What keeps the scripts of methods/ one work: every line in which two of them differ is the method's."""
+"""What the scripts of methods/ share, so that a line in which two differ is the method's."""
 
 import ast
-import itertools
 import re
-import statistics
 import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, OWN, ROOT
+from cases import CASES
+from conftest import METHODS, ROOT, SCRIPTS
 
-SOURCE = {name: (ROOT / "methods" / f"{name}.py").read_text() for name in METHODS}
-FIRST = METHODS[0]
-
-
-def between(text, start, end=None):
-    assert text.count(start) == 1
-    text = text[text.index(start) :]
-    return text[: text.index(end)] if end else text
+SOURCE = {name: (ROOT / "methods" / f"{name}.py").read_text() for name in SCRIPTS}
+FIRST = SOURCE[SCRIPTS[0]]
 
 
-def function(tree, name):
-    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return found
+@pytest.mark.parametrize("name", sorted({*SCRIPTS, *CASES}))
+def test_every_method_has_an_entry(name):
+    assert name in CASES, f"methods/{name}.py has no entry in tests/cases.py"
+    assert name in SCRIPTS, f"tests/cases.py has an entry for {name}, which is no script"
 
 
-def test_every_method_has_its_small_flags():
-    assert OWN.keys() == set(METHODS)
+def shared_frame(text):
+    """The lines of the training half that are the same in all scripts. Free are the forward passes
+    and the loss, and what a method updates after the optimizer's step. The lines between which they
+    stand belong to the frame. There may be more than two views."""
+    lines, free = [], False
+    for line in text[text.index("# --- training") :].splitlines():
+        line = re.sub(r"for x1, x2(, x\d)* in", "for x1, x2 in", line)
+        line = re.sub(r"z1, z2(, z\d)* = model\(x1\), .*", "z1, z2 = model(x1), model(x2)", line)
+        code = line.strip()
+        if code.startswith(("optimizer.zero_grad()", "run.end_step(terms)")):
+            free = False
+        if not free:
+            lines.append(line)
+        if code.startswith(("z1, z2 = model(x1), model(x2)", "optimizer.step()")):
+            free = True
+    return lines
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_half_is_the_same(name):
-    """After "# --- training" scripts are equal, but for the forward passes and the loss, and for what a method updates
-    after the optimizer's step: a teacher, a center, a queue, prototypes."""
+    frame = shared_frame(SOURCE[name])
+    assert frame == shared_frame(FIRST)
+    for mark in ("z1, z2 = model(x1)", "optimizer.zero_grad()", "optimizer.step()", "run.end_step"):
+        assert sum(mark in line for line in frame) == 1
 
-    def frame(text):
-        text = between(text, "# --- training")
-        loss = between(text, "                z1, z2 = model(x1), model(x2)", "            optimizer.zero_grad()")
-        update = between(text, "            optimizer.step()\n", "            run.end_step(terms)")
-        return text.replace(loss, "").replace(update, ""), loss, update
 
-    own, loss, update = frame(SOURCE[name])
-    assert own == frame(SOURCE[FIRST])[0]
-    assert re.search(r"^            terms = loss(_fn)?\(", loss, re.M) and len(loss.splitlines()) <= 6
-    for line in update.splitlines()[1:]:
-        assert re.match(r"            model\.(update_teacher|normalise_prototypes|center|queue)\b", line), line
-    assert len(update.splitlines()) <= 3
+def imports(text):
+    """From "import sys" on: only the scripts that need it have `import math` before."""
+    return re.search(r"^import sys\n.*?^import common\n", text, re.M | re.S).group()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_imports_are_the_same(name):
-    """But for `import math`, which only the scripts have that need it; ruff finds it where it is not used."""
-    assert between(SOURCE[name], "import sys", "VIEWS =") == between(SOURCE[FIRST], "import sys", "VIEWS =")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_sections_names_and_length(name):
-    text, tree = SOURCE[name], ast.parse(SOURCE[name])
-    assert 85 <= len(text.splitlines()) <= 140
-    parts = ['"""', "import sys", "VIEWS = ", "SIZES = ", "def add_flags(parser)", "# --- the method", "def loss_fn",
-             "class Model", "# --- training", "def main", "if __name__"]  # fmt: skip
-    places = [text.index(part) for part in parts]
-    assert places == sorted(places)
-    doc = ast.get_docstring(tree)
-    for word in ("What prevents collapse: ", "`--", "Departs from the paper: ", f"Run: python methods/{name}.py"):
-        assert word in doc
-    assert re.search(r"\"[^\"]+\", [^\n]+20\d\d", doc), "no citation"
-    (model,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert {"__init__", "forward"} <= {node.name for node in model.body if isinstance(node, ast.FunctionDef)}
-    forward = [ast.unparse(node) for node in model.body if getattr(node, "name", "") == "forward"]
-    assert forward == ["def forward(self, x):\n    return self.head(self.backbone(x))"]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_loss_fn_is_short_and_needs_nothing_of_ours(name):
-    loss_fn = function(ast.parse(SOURCE[name]), "loss_fn")
-    assert loss_fn.end_lineno - loss_fn.lineno < 18
-    names = {node.id for node in ast.walk(loss_fn) if isinstance(node, ast.Name)}
-    assert "common" not in names and "args" not in names
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_flag_is_used_and_explained(name, run):
-    """Each script sets its optimizer, and each of its flags is read and stands in --help with its default."""
-    add_flags = function(ast.parse(SOURCE[name]), "add_flags")
-    calls = [node for node in ast.walk(add_flags) if isinstance(node, ast.Call)]
-    (recipe,) = [call for call in calls if ast.unparse(call.func) == "parser.set_defaults"]
-    assert {"optimizer", "lr", "weight_decay"} <= {keyword.arg for keyword in recipe.keywords}
-    own = [call.args[0].value for call in calls if ast.unparse(call.func) == "parser.add_argument"]
-    result = run(name, "--help")
-    assert result.code == 0
-    for flag in own:
-        assert re.search(rf"args\.{flag[2:].replace('-', '_')}\b", SOURCE[name]), f"{flag} is read nowhere"
-        assert re.search(rf"^  {flag} .*(\n    .*)*?", result.out, re.M), f"{flag} is not in --help"
-    for flag in ("--dataset", "--epochs", "--lr", "--resume"):
-        assert flag in result.out
-    assert ast.get_docstring(ast.parse(SOURCE[name])).splitlines()[0] in result.out
+    assert imports(SOURCE[name]) == imports(FIRST)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -107,58 +64,97 @@ def test_methods_import_nothing_else_of_ours(name):
             assert node.module in ("pathlib", "torch")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_sections_and_names(name):
+    parts = [
+        '"""',
+        "import sys\n",
+        "\nVIEWS = ",
+        "\nDEFAULTS = ",
+        "\ndef add_flags(parser):",
+        "\n# --- the method\n",
+        "\ndef loss_fn(",
+        "\nclass Model(nn.Module):",
+        "\n# --- training\n",
+        "\ndef main():",
+        "\nif __name__ ==",
+    ]
+    places = [SOURCE[name].find(part) for part in parts]
+    assert -1 not in places, parts[places.index(-1)]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_embeddings_are_the_head_of_the_backbone(name):
+    """The metrics and evaluate.py rely on this."""
+    (model,) = [node for node in ast.parse(SOURCE[name]).body if isinstance(node, ast.ClassDef)]
+    (forward,) = [node for node in model.body if getattr(node, "name", "") == "forward"]
+    assert ast.unparse(forward) == "def forward(self, x):\n    return self.head(self.backbone(x))"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_docstring(name):
+    doc = ast.get_docstring(ast.parse(SOURCE[name]))
+    for word in ("What prevents collapse: ", "`--", f"Run: python methods/{name}.py"):
+        assert word in doc
+    assert re.search(r'^"[^"]+",[^"]+ 20\d\d\b', doc, re.M), "no citation"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_flag_is_used_and_explained(name, run):
+    """Each script sets its optimizer. Each of its flags is read, and stands in --help."""
+    body = ast.parse(SOURCE[name]).body
+    (add_flags,) = [node for node in body if getattr(node, "name", "") == "add_flags"]
+    calls = [node for node in ast.walk(add_flags) if isinstance(node, ast.Call)]
+    (recipe,) = [call for call in calls if ast.unparse(call.func) == "parser.set_defaults"]
+    assert {"optimizer", "lr", "weight_decay"} <= {keyword.arg for keyword in recipe.keywords}
+    result = run(name, "--help")
+    assert result.code == 0
+    own = [call for call in calls if ast.unparse(call.func) == "parser.add_argument"]
+    for flag in (call.args[0].value for call in own):
+        attribute = flag.removeprefix("--").replace("-", "_")
+        assert re.search(rf"\bargs\.{attribute}\b", SOURCE[name]), f"{flag} is read nowhere"
+        assert re.search(rf"^  {flag}\b", result.out, re.M), f"{flag} is not in --help"
+    for flag in ("--dataset", "--epochs", "--lr", "--resume"):
+        assert re.search(rf"^  {flag}\b", result.out, re.M)
+    assert SOURCE[name].removeprefix('"""').splitlines()[0] in result.out
+
+
 def test_common_knows_no_method():
     code = re.sub(r'""".*?"""|#[^\n]*', "", (ROOT / "common.py").read_text(), flags=re.S)
-    for name in METHODS:
+    for name in SCRIPTS:
         assert not re.search(rf"\b{name}\b", code)
 
 
 def test_common_holds_what_training_needs_and_no_more():
     """From what a script calls, every function and class of common.py can be reached."""
-    source = (ROOT / "common.py").read_text()
-    assert sum(bool(line.strip()) for line in source.splitlines()) <= 950
-    defined = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    constants = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign):
-            constants[node.targets[0].id] = node
-    reached, waiting = set(), set(re.findall(r"\bcommon\.(\w+)", "".join(SOURCE.values())))
+    definitions = {}
+    for node in ast.parse((ROOT / "common.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            definitions[ast.unparse(node.targets[0])] = node
+    reached = set()
+    waiting = set(re.findall(r"\bcommon\.(\w+)", "".join(SOURCE.values())))
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        names = {node.id for node in ast.walk((defined | constants)[name]) if isinstance(node, ast.Name)}
-        waiting |= (names & (defined | constants).keys()) - reached
-    assert not defined.keys() - reached
+        for node in ast.walk(definitions[name]):
+            if isinstance(node, ast.Name) and node.id in definitions and node.id not in reached:
+                waiting.add(node.id)
+    functions = [n for n, node in definitions.items() if not isinstance(node, ast.Assign)]
+    assert not set(functions) - reached
 
 
 def test_packages():
-    """Only evaluate.py, analyze.py and the tests use more than torch, torchvision, numpy and tqdm."""
+    """Only evaluate.py, analyze.py and the tests use more than torch, torchvision, numpy, tqdm."""
     for path in (ROOT / "common.py", *(ROOT / "methods").glob("*.py")):
-        assert not re.search(r"^\s*(import|from) (matplotlib|sklearn|scipy|pandas)", path.read_text(), re.M)
+        others = r"^\s*(import|from) (matplotlib|sklearn|scipy|pandas)"
+        assert not re.search(others, path.read_text(), re.M)
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]])
 def test_ruff(arguments):
-    done = subprocess.run([sys.executable, "-m", "ruff", *arguments, str(ROOT)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", *arguments, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def diffs():
-    """For each pair of scripts the number of lines that `diff` prints of both."""
-    counts = {}
-    for a, b in itertools.combinations(METHODS, 2):
-        paths = (str(ROOT / "methods" / f"{name}.py") for name in (a, b))
-        printed = subprocess.run(["diff", *paths], capture_output=True, text=True).stdout
-        counts[a, b] = sum(line[0] in "<>" for line in printed.splitlines())
-    return counts
-
-
-def test_diffs_between_methods_are_short():
-    counts = diffs().values()
-    assert min(counts) > 0 and statistics.median(counts) <= 70 and max(counts) <= 115
-
-
-if __name__ == "__main__":
-    for (a, b), count in sorted(diffs().items(), key=lambda item: item[1]):
-        print(f"{count:4}  {a} {b}")
-    print(f"median {statistics.median(diffs().values()):.0f}, largest {max(diffs().values())}")

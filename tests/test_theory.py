@@ -1,11 +1,14 @@
-"""The theory of "Collapse-Proof Non-Contrastive Self-Supervised Learning" (Sansone, Lebailly and Tuytelaars, ICML 2025)
-without training: Lemma 1 (minima), Theorem 1 (embeddings), Corollaries 1 to 3 and Eq. 5 (random codes).
+"""The theory of "Collapse-Proof Non-Contrastive Self-Supervised Learning" (Sansone, Lebailly and
+Tuytelaars, ICML 2025) without training: Lemma 1 (minima), Theorem 1 (embeddings), Corollaries 1 to
+3 and Eq. 5 (random codes).
 
 All of it holds as printed but for these, each with a test below:
-- Lemma 1: n (q_j - eps) / (1 - c eps) must be whole numbers. With fewer images than codes Eq. 3 is out of reach.
-- Lemma 1: eps <= p <= 1 - eps (c - 1) is assumed, and Eq. 1 does not enforce it. Codes without their mean, as long as
-  Theorem 1's embeddings, are surer of their code and cost less than Eq. 3. (Appendix D calls the loss convex in P; its
-  entropy is concave, which is why the minima are extrema all the same.)
+- Lemma 1: n (q_j - eps) / (1 - c eps) must be whole numbers. With fewer images than codes Eq. 3 is
+  out of reach.
+- Lemma 1: eps <= p <= 1 - eps (c - 1) is assumed, and Eq. 1 does not enforce it. Codes without
+  their mean, as long as Theorem 1's embeddings, are surer of their code and cost less than Eq. 3.
+  (Appendix D calls the loss convex in P; its entropy is concave, which is why the minima are
+  extrema all the same.)
 - Corollary 2: H^T H = I is the second moment. The covariance, about the mean, has rank f - 1.
 - Eq. 5: the variance 1/f is that of two different codes; a code's cosine with itself is always 1.
 """
@@ -38,11 +41,13 @@ def eq2(p1, p2, q, beta):
 def eq3(q, beta, eps):
     """The bound of Eq. 3, whose last term is the entropy of q."""
     top = 1 - eps * (len(q) - 1)
-    return -beta * (top * math.log(top) + (1 - top) * math.log(eps)) - sum(x * math.log(x) for x in q)
+    cross_entropy = -(top * math.log(top) + (1 - top) * math.log(eps))
+    return beta * cross_entropy - sum(x * math.log(x) for x in q)
 
 
 def hard(counts, eps):
-    """Extrema: counts[j] images on code j, with probability 1 - eps (c - 1), eps for every other code."""
+    """Extrema: counts[j] images on code j, with probability 1 - eps (c - 1), eps for every other
+    code."""
     c = len(counts)
     p = np.full((sum(counts), c), eps)
     p[np.arange(len(p)), np.repeat(np.arange(c), counts)] = 1 - eps * (c - 1)
@@ -53,8 +58,9 @@ def hard(counts, eps):
 @pytest.mark.parametrize("counts", [(4, 4, 4), (2, 2, 2, 2), (6, 4, 2)])
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
 def test_lemma_1_minimum_is_eq_3(counts, beta, eps):
-    """Hard invariant assignments with |I_max(j)| = n (q_j - eps) / (1 - c eps) reach the bound; random probabilities of
-    the Lemma's box, of every sharpness, equal or not in both views, never fall below it."""
+    """Hard invariant assignments with |I_max(j)| = n (q_j - eps) / (1 - c eps) reach the bound;
+    random probabilities of the Lemma's box, of every sharpness, equal or not in both views, never
+    fall below it."""
     n, c = sum(counts), len(counts)
     q = [eps + (1 - c * eps) * m / n for m in counts]
     bound, p = eq3(q, beta, eps), hard(counts, eps)
@@ -99,7 +105,8 @@ def hadamard(c):
 def loss_of(methods, h1, h2, w, beta):
     h1, h2, codes = (torch.from_numpy(x) for x in (h1, h2, w))
     tau = temperature(len(h1), *codes.shape)
-    return methods["cplearn"].loss_fn(h1, h2, codes, tau=tau, beta=beta, prior="cross-entropy")["loss"].item()
+    loss_fn = methods["cplearn"].loss_fn
+    return loss_fn(h1, h2, codes, tau=tau, beta=beta, prior="cross-entropy")["loss"].item()
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
@@ -116,20 +123,22 @@ def test_loss_of_aligned_codes_is_eq_3(methods, n, c, beta):
 
 
 def test_eq_1_reaches_below_eq_3(methods):
-    """The logits of codes without their mean, scaled to the norm sqrt(f/n), are sqrt(c / (c - 1)) times further apart,
-    which gives Eq. 3 of a smaller eps; the more codes, the less it matters."""
+    """The logits of codes without their mean, scaled to the norm sqrt(f/n), are sqrt(c / (c - 1))
+    times further apart, which gives Eq. 3 of a smaller eps; the more codes, the less it matters."""
     n, c = 48, 16
     w, q = hadamard(c), [1 / c] * c
     centered = w.T - w.mean(1)
-    h = np.repeat(centered / np.linalg.norm(centered, axis=1, keepdims=True), n // c, axis=0) * math.sqrt(c / n)
+    units = centered / np.linalg.norm(centered, axis=1, keepdims=True)
+    h = math.sqrt(c / n) * np.repeat(units, n // c, axis=0)
     smaller = 1 / (c - 1 + ((1 - EPS * (c - 1)) / EPS) ** math.sqrt(c / (c - 1)))
     loss = loss_of(methods, h, h, w, 1.0)
     assert loss == pytest.approx(eq3(q, 1.0, smaller), rel=1e-12) and loss < eq3(q, 1.0, EPS) - 1e-6
 
 
 def sure_embeddings(w, j, n):
-    """The two alphas of Theorem 1, the smaller first, and their embeddings, found without Eq. 4: softmax(h W / tau) = p
-    means h = W (log p + t) tau / f for some t, and the norm sqrt(f/n) is a quadratic equation in t."""
+    """The two alphas of Theorem 1, the smaller first, and their embeddings, found without Eq. 4:
+    softmax(h W / tau) = p means h = W (log p + t) tau / f for some t, and the norm sqrt(f/n) is a
+    quadratic equation in t."""
     f, c = w.shape
     p = np.where(np.arange(c) == j, 1 - EPS * (c - 1), EPS)
 
@@ -158,12 +167,15 @@ def test_theorem_1(methods, n, c):
         p = softmax(eq4(alpha) @ w / temperature(n, c, c))
         assert p == pytest.approx(np.where(np.arange(c) == j, 1 - EPS * (c - 1), EPS), rel=1e-10)
     # Other alphas, between and around, give other norms.
-    assert all(eq4(alpha) @ eq4(alpha) < c / n * (1 - 1e-3 / c) for alpha in np.linspace(low, high, 12)[1:-1])
-    assert all(eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c) for alpha in (-high, 0.9 * low, 1.1 * high))
+    for alpha in np.linspace(low, high, 12)[1:-1]:
+        assert eq4(alpha) @ eq4(alpha) < c / n * (1 - 1e-3 / c)
+    for alpha in (-high, 0.9 * low, 1.1 * high):
+        assert eq4(alpha) @ eq4(alpha) > c / n * (1 + 1e-3 / c)
 
 
 def test_corollary_1():
-    """The gap between the two alphas is 2 / (c sqrt n); that between the embeddings closes only as 2 / sqrt c."""
+    """The gap between the two alphas is 2 / (c sqrt n); that between the embeddings closes only as
+    2 / sqrt c."""
     n = 100
     for c in (4, 16, 64, 256, 1024):
         w = hadamard(c)
@@ -184,12 +196,14 @@ def test_corollaries_2_and_3(n, c):
 
 @pytest.mark.parametrize("f", [50, 100])
 def test_eq_5(f):
-    """Two Rademacher codes have a cosine of mean 0 and variance 1/f. The cosines of different pairs are independent two
-    by two, and a square's variance is 2 (f - 1) / f^3, so both standard errors are known."""
+    """Two Rademacher codes have a cosine of mean 0 and variance 1/f. The cosines of different pairs
+    are independent two by two, and a square's variance is 2 (f - 1) / f^3, so both standard errors
+    are known."""
     c = 16384
     w = evaluate.load_method("cplearn").draw_codes("rademacher", f, c, seed=0).double().numpy()
     assert ((w * w).sum(0) == f).all()
-    # Sums over all ordered pairs, from f × f matrices, less the c cosines of 1 of a code with itself.
+    # Sums over all ordered pairs, from f × f matrices, less the c cosines of 1 of a code with
+    # itself.
     pairs = c * (c - 1)
     mean = ((w.sum(1) ** 2).sum() / f - c) / pairs
     square = (((w @ w.T) ** 2).sum() / f**2 - c) / pairs
