@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from conftest import TINY
 from torch import nn
 
@@ -55,14 +56,25 @@ def save_checkpoint(path, flags, mean, std):
     return model
 
 
-def test_exported_backbones_give_the_features_without_this_project(run, tmp_path):
+def test_exported_backbones_give_the_features_without_this_project(
+    run, tmp_path, long, monkeypatch
+):
     networks = {
         "resnet8": ["--backbone", "resnet8", "--width", "8"],
         "resnet18": ["--backbone", "resnet18", "--width", "16"],
-        "resnet50": ["--backbone", "resnet50", "--width", "16"],
         "vit_small": ["--backbone", "vit_small", "--width", "64"],
         "mlp": ["--backbone", "mlp", "--dataset", "blobs"],
     }
+    if long:
+        networks["resnet50"] = ["--backbone", "resnet50", "--width", "16"]
+        networks["resnet50-64"] = ["--backbone", "resnet50"]
+    else:
+        transformer = torchvision.models.VisionTransformer
+
+        def short_transformer(num_layers, **sizes):
+            return transformer(num_layers=2, **sizes)
+
+        monkeypatch.setattr(torchvision.models, "VisionTransformer", short_transformer)
     expected = {}
     for name, flags in networks.items():
         if name == "mlp":

@@ -1,6 +1,7 @@
 """Features and embeddings from elsewhere: analyze.py and evaluate.py on .npy and .npz files, and
 the metrics on numpy arrays."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 
 import analyze
 import common
@@ -16,6 +18,15 @@ import evaluate
 
 QUICK = ["--device", "cpu", "--components", "2", "--images", "60"]
 CPU = ["--device", "cpu"]
+with io.BytesIO() as png:
+    Image.new("RGB", (2, 2)).save(png, "png")
+    PIXEL = png.getvalue()
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    """Pictures are made, but not drawn, which would take most of the time."""
+    monkeypatch.setattr(analyze, "as_png", lambda figure: PIXEL)
 
 
 def clusters(n=90, d=8, seed=0):
@@ -60,7 +71,7 @@ def test_one_array_is_enough(run):
     assert "a.npy" in page and "Curves" not in page
 
 
-def test_labels_are_halved_for_the_probe(run):
+def test_labels_are_halved_for_the_probe(run, nothing_drawn):
     z, labels = clusters()
     names = np.array(["cat", "$dog_", "b"])[labels]
     np.savez("numbers.npz", z=z, labels=labels + 10**12)
@@ -83,7 +94,7 @@ def test_labels_are_halved_for_the_probe(run):
     assert sorted([*first.tolist(), *second.tolist()]) == [0, 1, 2, 3, 4]
 
 
-def test_saved_features_give_the_figures_of_their_checkpoint(run):
+def test_saved_features_give_the_figures_of_their_checkpoint(run, nothing_drawn):
     for method, flags in (("cplearn", ["--c", "64"]), ("vicreg", [])):
         assert run(method, *TINY, *flags, "--epochs", "2", "--out", method).code == 0
     networks = rows_of(run, "cplearn", "vicreg", "--save-features", "f")
@@ -135,7 +146,7 @@ def test_features_after_a_relu_have_a_rule_of_their_own():
     assert common.variance_share(np.array([[1.0, 0], [-1, 0]])) == 1
 
 
-def test_it_is_said_which_array_was_diagnosed(run):
+def test_it_is_said_which_array_was_diagnosed(run, nothing_drawn):
     x = positive()
     signed = (x - x.mean(0)) @ np.random.default_rng(0).normal(size=(64, 32))
     np.save("relu.npy", x)
@@ -161,7 +172,7 @@ def test_it_is_said_which_array_was_diagnosed(run):
     assert "0.1 or 0.2" in Path("report/report.html").read_text()
 
 
-def test_files_stand_beside_checkpoints(run):
+def test_files_stand_beside_checkpoints(run, nothing_drawn):
     assert run("simsiam", *TINY, "--epochs", "1", "--out", "run").code == 0
     z, labels = clusters()
     Path("other").mkdir()
