@@ -4,8 +4,8 @@ Contents, in the order of this file:
 
 Data          load_data, two_views          uint8 images, and two augmented views of each batch
 Augmentation  draw_augmentation, augment    random parameters for each image, a batch at once
-Backbones     build_backbone, frozen_copy   resnet8, resnet18, resnet50, vit_small, mlp
-Metrics       collapse_metrics, extract     center norm, rank, correlation, used codes, kNN accuracy
+Backbones     build_backbone, load_weights  resnet8, resnet18, resnet50, vit_small, mlp
+Metrics       collapse_metrics, diagnose    center norm, rank, codes, kNN accuracy; the verdict
 Processes     gather, sum_gradients         several processes compute what a single one would
 Flags         add_shared_flags, parse_args  the flags of all methods, and where defaults come from
 Run           set_up, open_run, Run         device, optimizer, run folder, log, checkpoint, resume
@@ -21,7 +21,8 @@ scores(z)     Only if there are codes or prototypes: embeddings (n, d) to scores
               assigned the code with the largest score. A row of scores depends on its own z alone.
 temperature   Only if there are scores, and 1 if it is missing: softmax(scores / temperature) is the
               distribution whose entropy is measured.
-teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it.
+teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it. Its
+              first part, teacher[0], is a copy of the backbone, which `--weights` sets, too.
               `--compile` compiles its `forward`, and that of the model.
 
 Parameters and buffers hold all that training changes, because the checkpoint keeps nothing else of
