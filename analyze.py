@@ -1,6 +1,7 @@
-"""Did it collapse, and how? Collapse modes, spectra, entropies and pictures of checkpoints.
+"""Did it collapse, and how? Collapse modes, spectra, entropies, pictures of checkpoints or files.
 
     python analyze.py runs/cplearn-cifar10-seed0 runs/barlow_twins-cifar10-seed0
+    python analyze.py embeddings.npz
     python analyze.py --codes 128 128 16384 --out codes        random codes, without a checkpoint
 
 DIR/report.html holds everything and opens in any browser. Beside it are the pictures as PNG, the
@@ -8,7 +9,7 @@ numbers as report.json and the arrays behind the curves as report.npz. The figur
 those of "Collapse-Proof Non-Contrastive Self-Supervised Learning".
 
 diagnosis   the four collapses of Figure 1. Each is a number in [0, 1]. Below its threshold the mode
-            has collapsed. `diagnose` defines the numbers.
+            has collapsed. `common.diagnose` defines the numbers.
 spectra     eigenvalues of the covariance of embeddings and of features, divided by their mean
             squared norm (Figure 6a)
 entropy     of Gaussian mixtures with more and more components, fitted to the embeddings, by 10,000
@@ -23,6 +24,14 @@ nearest     the images nearest to the most used codes, prototypes or k-means cen
 
 All is measured on un-augmented test images, with the network in eval mode. Embeddings are of the
 layer that the loss acts on. Checkpoints of different data sets are each measured on their own.
+
+A file is what `evaluate.py --save-features` writes, of which the test arrays are measured, or an
+.npy or .npz file from elsewhere: `python evaluate.py --help` says what it may hold. What cannot be
+known of it (curves, nearest images) is left out. Its embedding is diagnosed, or its features where
+it has no embedding. An array without a negative number counts as features. Of embeddings,
+representation collapse is seen in the variance of the directions. Features after a ReLU are all
+positive, so that their directions are always close to one another. Of features it is seen in the
+variance over the mean square. The last lines and the report say which array was diagnosed.
 """
 
 import argparse
@@ -34,6 +43,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -88,6 +98,7 @@ def spectrum_auc(spectrum):
 
     It is (m + 1) / 2m for a flat spectrum, 1 for one direction, NaN if all is 0.
     """
+    spectrum = torch.as_tensor(spectrum)
     return (spectrum.cumsum(0) / spectrum.sum()).mean().item()
 
 
@@ -98,6 +109,7 @@ def power_law(spectrum):
     Ranks below 1e-7 of the first are left out. Weights 1 / i make octaves count alike. It is NaN
     for fewer than two ranks.
     """
+    spectrum = torch.as_tensor(spectrum)
     y = spectrum[spectrum > ROUNDING * spectrum[0]].log()
     x = torch.arange(1, len(y) + 1, device=y.device).to(y).log()
     weight = (-x).softmax(0)  # 1 / i over the sum of all
@@ -115,7 +127,7 @@ def unit_variance(z):
 
     Entropies are taken of it, so that embeddings of all scales compare.
     """
-    z = z.detach().double()
+    z = torch.as_tensor(z).detach().double()
     variance = common.covariance_spectrum(z).sum() / z.shape[1]
     scale = variance.rsqrt() if variance > 0 else 0
     return ((z - z.mean(0)) * scale).float()
@@ -145,7 +157,7 @@ def pairwise_entropy(z, noise=0.1):
     and the Kullback-Leibler divergence for the upper (Kolchinsky and Tracey, 2017, Eqs. 10, 13).
     Both are right within log n. They tell little where all points are further apart than the noise.
     """
-    z = z.detach().double()
+    z = torch.as_tensor(z).detach().double()
     n, d = z.shape
     lower = 0.0
     upper = 0.0
@@ -191,6 +203,7 @@ def fit_mixture(x, k, iterations=100, tolerance=1e-3, floor=1e-3, start=None):
     some. The fit starts at the mixture `start`, or from k-means. It ends when the log-likelihood
     gains less than `tolerance`.
     """
+    x = torch.as_tensor(x)
     if start is None:
         assigned, _ = evaluate.kmeans(x, k, restarts=1, iterations=10)
         shares = F.one_hot(assigned, min(k, len(x))).to(x)
@@ -226,114 +239,6 @@ def mixture_entropy(mixture, samples=10_000):
     return -log_density.mean().item()
 
 
-# --- the diagnosis
-
-
-def cluster_gap(z, queries=1000):
-    """How much embeddings z (n, d) vary within clusters, from 0 (not at all) to 1. It needs no
-    assignments.
-
-    For a point with distances r_1 <= r_2 <= ... to the others it is min_k r_k / r_{k+1}, the
-    largest jump, over the nearest nine tenths. The result is the median over up to `queries`
-    points. Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of
-    uniform U, and more in more dimensions. Clusters with points 20 times closer to one another than
-    to the rest have 0.05.
-    """
-    z = z.detach().double()
-    some = common.evenly_spaced(z, queries)
-    distance = torch.cdist(z[some], z)
-    # The distance of a point to itself is sorted to the front, and left out with the farthest.
-    distance[torch.arange(len(some), device=z.device), some] = -1
-    end = max(3, int(0.9 * len(z)))
-    distance = distance.sort(1).values[:, 1:end]
-    nearer = distance[:, :-1]
-    farther = distance[:, 1:]
-    ratio = torch.where(farther > 0, nearer / farther, 1)
-    # Where even the last distance is 0, the points do not vary at all.
-    ratio[distance[:, -1] == 0] = 0
-    return ratio.amin(1).median().item()
-
-
-def finding(number, threshold, implied=False, low="collapsed"):
-    """A mode's entry in the diagnosis. `low` is the verdict on a number below the threshold."""
-    if implied:
-        verdict = "implied"
-    elif number is None:
-        verdict = "no codes"
-    elif number < threshold:
-        verdict = low
-    else:
-        verdict = "ok"
-    return {"number": number, "threshold": threshold, "verdict": verdict}
-
-
-def diagnose(z, codes=None, clusters=None, inputs=None, entropy=None):
-    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d)
-    suffer, and whether their assignments have left the uniform start.
-
-    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `entropy` (n,) is the
-    entropy of each assignment over log(clusters). `inputs` is how many numbers an image (or a
-    point) has. Returns {mode: {"number", "threshold", "verdict"}}. Each number is in [0, 1]. Below
-    its threshold the mode has collapsed:
-
-    representation  1 - center_norm², the variance of the directions. 0.2 means a center vector of
-                    length 0.89.
-    dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of
-                    the dimensions.
-    cluster         log(effective codes) / log(clusters). The number of effective codes is exp of
-                    the entropy of their use.
-    intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than
-                    to the next.
-    assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike, and the
-                    verdict is "still uniform".
-
-    Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for,
-    because embeddings of points in a plane that span a plane have lost nothing. Where all
-    embeddings are one vector, the other collapses are "implied". Without codes, cluster and
-    assignment are undefined: verdict "no codes", number None. Raises ValueError for fewer than four
-    embeddings.
-    """
-    n, d = z.shape
-    if n < 4:
-        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
-    rank = common.effective_rank(z)
-    constant = rank == 0
-
-    number = 0.0 if constant else 1 - common.center_norm(z) ** 2
-    representation = finding(number, 0.2)
-    one_vector = representation["verdict"] == "collapsed"
-
-    dimensions = min(n - 1, d)
-    if inputs:
-        # Collapse is a rank below the root of the dimensions, so no rank above `inputs` is needed.
-        dimensions = min(dimensions, inputs**2)
-    number = math.log(max(1, rank)) / math.log(max(2, dimensions))
-    dimensional = finding(min(1.0, number), 0.5, implied=one_vector)
-
-    number = None
-    if codes is not None:
-        use = torch.bincount(codes.cpu()).double() / n
-        entropy_of_use = torch.special.entr(use).sum().item()
-        number = entropy_of_use / math.log(max(2, min(n, clusters)))
-    cluster = finding(number, 0.5, implied=one_vector)
-
-    number = 0.0 if constant else cluster_gap(z)
-    intracluster = finding(number, 0.05, implied=one_vector)
-
-    number = None
-    if entropy is not None:
-        number = 1 - entropy.mean().item()
-    assignment = finding(number, 0.02, low="still uniform")
-
-    return {
-        "representation": representation,
-        "dimensional": dimensional,
-        "cluster": cluster,
-        "intracluster": intracluster,
-        "assignment": assignment,
-    }
-
-
 # --- one checkpoint
 
 
@@ -361,10 +266,15 @@ def largest_clusters(clusters, count=8):
 def assign(model, data, out):
     """The cluster of each image (n,), the ten images nearest to each of the eight largest clusters
     {cluster: indices}, and what the clusters are: "codes" of the method, or "k-means" of the
-    features where it has none."""
+    features where it has none, or of the embedding where there are no features.
+
+    Without a model, codes are as they are in `out`, and the nearest images are not known.
+    """
     if "codes" in out:
         clusters_by = "codes"
         clusters = out["codes"].cpu().numpy()
+        if model is None:
+            return clusters, {}, clusters_by
         largest = largest_clusters(clusters)
         scores = []
         # A few rows at a time, because there may be many codes.
@@ -373,10 +283,12 @@ def assign(model, data, out):
         closeness = torch.cat(scores).numpy()
     else:
         clusters_by = "k-means"
-        assigned, centers = evaluate.kmeans(out["features"], len(data.classes))
+        x = evaluate.matrix_of(out)
+        count = len(data.classes) or evaluate.CLUSTERS_WITHOUT_LABELS
+        assigned, centers = evaluate.kmeans(x, count)
         clusters = assigned.cpu().numpy()
         largest = largest_clusters(clusters)
-        closeness = -torch.cdist(out["features"], centers[largest]).cpu().numpy()
+        closeness = -torch.cdist(x, centers[largest]).cpu().numpy()
     nearest = {}
     for column, cluster in enumerate(largest):
         order = np.argsort(-closeness[:, column], kind="stable")
@@ -389,47 +301,74 @@ def mean_squared_norm(x):
     return x.square().sum(1).mean().cpu().numpy()
 
 
-def measure(path, model, data, components, bar):
-    """All that the report says of a checkpoint's model, measured on the test images.
+def measure_network(job, model, data, components, bar):
+    """What `measure` gives for a network, on the test images.
 
-    `components` are the sizes of the mixtures. `bar` is updated len(components) + 2 times. Ends the
-    program with one line if features or embeddings are not finite. Returns three dicts: the
-    numbers, for JSON; the arrays behind the curves; and what the pictures need: `features`,
-    `embedding`, assigned `clusters`, and `nearest`, as `assign` gives them.
+    Ends the program with one line if features or embeddings are not finite.
     """
     out = common.extract(model, data.test_images, data)
-    evaluate.check_finite(path, out)
-    features = out["features"]
-    embedding = out["embedding"]
-    code_count = evaluate.count_codes(model, embedding)
+    evaluate.check_finite(job.path, out)
+    code_count = evaluate.count_codes(model, out["embedding"])
     inputs = data.test_images[0].numel()
-    features_spectrum = common.covariance_spectrum(features)
-    embedding_spectrum = common.covariance_spectrum(embedding)
-    scaled = unit_variance(embedding)
+    return measure(out, data, components, bar, model, code_count, inputs)
+
+
+def measure_file(job, limit, components, bar, device):
+    """What `measure` gives for a file, of at most `limit` of its rows."""
+    arrays = job.arrays
+    some = common.evenly_spaced(evaluate.matrix_of(arrays.test), limit)
+    out = {name: x[some] for name, x in arrays.test.items()}
+    out = evaluate.to_device(out, device)
+    data = arrays.data
+    if data.test_labels is not None:
+        data = dataclasses.replace(data, test_labels=data.test_labels[some])
+    return measure(out, data, components, bar, None, arrays.clusters, arrays.inputs)
+
+
+def measure(out, data, components, bar, model, code_count, inputs):
+    """All that the report says of a network's or a file's test images.
+
+    `out` is what `common.extract` gives for them, of which either features or embedding may be
+    missing. `components` are the sizes of the mixtures. `bar` is updated len(components) + 2 times.
+    `model` is None for a file. `code_count` is the number of codes, and `inputs` how many numbers
+    an image has. They are None where they are unknown, or where there are no codes. Returns three
+    dicts: the numbers, for JSON; the arrays behind the curves; and what the pictures need:
+    `features`, `embedding`, assigned `clusters`, and `nearest`, as `assign` gives them.
+    """
+    diagnosed = "embedding" if "embedding" in out else "features"
+    z = out[diagnosed]
+    layers = [layer for layer in ("embedding", "features") if layer in out]
+    spectra = {layer: common.covariance_spectrum(out[layer]) for layer in layers}
+    scaled = unit_variance(z)
     bar.update()
     mixtures = mixture_entropies(scaled, components, bar)
     lower, upper = pairwise_entropy(scaled)
     clusters, nearest, clusters_by = assign(model, data, out)
-    n, d = embedding.shape
+    n, d = z.shape
 
+    codes = out.get("codes")
+    if code_count is None:
+        codes = None  # the share of those in use is not known
+    if clusters_by == "k-means":
+        cluster_count = len(data.classes) or evaluate.CLUSTERS_WITHOUT_LABELS
+    else:
+        cluster_count = code_count
+    representation = "1 - center_norm²"
+    if diagnosed == "features":
+        representation = "variance / mean square"
     numbers = {
         "images": n,
-        "dimensions": {"embedding": d, "features": features.shape[1]},
-        "diagnosis": diagnose(embedding, out.get("codes"), code_count, inputs, out.get("entropy")),
-        "center_norm": common.center_norm(embedding),
-        "correlation": common.average_correlation(embedding),
-        "effective_rank": {
-            "embedding": common.effective_rank(embedding),
-            "features": common.effective_rank(features),
-        },
-        "auc": {
-            "embedding": spectrum_auc(embedding_spectrum),
-            "features": spectrum_auc(features_spectrum),
-        },
-        "power_law": {
-            "embedding": power_law(embedding_spectrum),
-            "features": power_law(features_spectrum),
-        },
+        "dimensions": {layer: out[layer].shape[1] for layer in layers},
+        "diagnosed": diagnosed,
+        "representation": representation,
+        "diagnosis": common.diagnose(
+            z, codes, code_count, inputs, out.get("entropy"), array=diagnosed
+        ),
+        "center_norm": common.center_norm(z),
+        "correlation": common.average_correlation(z),
+        "effective_rank": {layer: common.effective_rank(out[layer]) for layer in layers},
+        "auc": {layer: spectrum_auc(spectra[layer]) for layer in layers},
+        "power_law": {layer: power_law(spectra[layer]) for layer in layers},
         "entropy": {
             "mixture": mixtures,
             "logdet": logdet_entropy(scaled) / d,
@@ -438,25 +377,22 @@ def measure(path, model, data, components, bar):
         "clusters": {
             "by": clusters_by,
             "used": len(np.unique(clusters)),
-            "of": code_count or len(data.classes),
+            "of": cluster_count,
         },
     }
     arrays = {
-        "spectrum_embedding": embedding_spectrum.cpu().numpy(),
-        "spectrum_features": features_spectrum.cpu().numpy(),
-        "square_embedding": mean_squared_norm(embedding),
-        "square_features": mean_squared_norm(features),
         "entropy_components": np.array(list(mixtures.keys())),
         "entropy_mixture": np.array(list(mixtures.values())),
         "clusters": clusters,
-        "labels": data.test_labels.cpu().numpy(),
     }
-    pictures = {
-        "features": features.cpu(),
-        "embedding": embedding.cpu(),
-        "clusters": clusters,
-        "nearest": nearest,
-    }
+    for layer in layers:
+        arrays[f"spectrum_{layer}"] = spectra[layer].cpu().numpy()
+        arrays[f"square_{layer}"] = mean_squared_norm(out[layer])
+    if data.test_labels is not None:
+        arrays["labels"] = data.test_labels.cpu().numpy()
+    pictures = {"diagnosed": diagnosed, "clusters": clusters, "nearest": nearest}
+    for layer in layers:
+        pictures[layer] = out[layer].cpu()
     bar.update()
     return numbers, arrays, pictures
 
@@ -552,8 +488,10 @@ def add_legend(figure, lines, labels, count):
 
 
 def plot_spectra(ax, arrays, layer):
-    """The spectra of "embedding" or "features", a line for each checkpoint."""
+    """The spectra of "embedding" or "features", a line for each checkpoint that has one."""
     for i, (label, entry) in enumerate(arrays.items()):
+        if f"spectrum_{layer}" not in entry:
+            continue
         spectrum = entry[f"spectrum_{layer}"]
         share = spectrum / max(float(entry[f"square_{layer}"]), 1e-300)
         share = np.where(share > ROUNDING * share[:1], share, np.nan)
@@ -563,12 +501,19 @@ def plot_spectra(ax, arrays, layer):
 
 def draw_spectra(arrays):
     """The spectra of embeddings and features, from the `arrays` {label: {name: array}}."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-    plot_spectra(left, arrays, "embedding")
-    plot_spectra(right, arrays, "features")
-    left.set_ylabel("eigenvalue of the covariance / mean square")
-    lines, labels = left.get_legend_handles_labels()
-    add_legend(figure, lines, labels, len(arrays))
+    layers = []
+    for layer in ("embedding", "features"):
+        if any(f"spectrum_{layer}" in entry for entry in arrays.values()):
+            layers.append(layer)
+    size = (4 * len(layers), 3.6)
+    figure, axes = plt.subplots(1, len(layers), figsize=size, sharey=True, squeeze=False)
+    lines = {}
+    for ax, layer in zip(axes.flat, layers, strict=True):
+        plot_spectra(ax, arrays, layer)
+        handles, labels = ax.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles, strict=True))
+    axes[0, 0].set_ylabel("eigenvalue of the covariance / mean square")
+    add_legend(figure, lines.values(), lines.keys(), len(lines))
     return figure
 
 
@@ -612,7 +557,8 @@ def axis_name(name, shown, count):
 def draw_matrices(label, picture):
     """Correlations of up to 512 dimensions, and cosines of up to 512 images in the order of their
     clusters."""
-    z = picture["embedding"].double()
+    diagnosed = picture["diagnosed"]
+    z = picture[diagnosed].double()
     n, d = z.shape
     some_dimensions = common.evenly_spaced(z.T, 512)
     columns = F.normalize(z - z.mean(0), dim=0)[:, some_dimensions]
@@ -625,7 +571,7 @@ def draw_matrices(label, picture):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.4))
     figure.suptitle(label)
     shown = show_matrix(left, correlation.numpy())
-    name = axis_name("dimension of the embedding", len(correlation), d)
+    name = axis_name(f"dimension of the {diagnosed}", len(correlation), d)
     left.set(xlabel=name, ylabel=name)
     figure.colorbar(shown, ax=left, label="correlation", shrink=0.8)
     shown = show_matrix(right, cosine.numpy())
@@ -690,11 +636,15 @@ def draw_curves(logs, methods, scale):
 
 
 def plot_tsne(ax, features, labels, classes):
-    """Features (n, d) in the plane, coloured by their labels (n,)."""
+    """Features (n, d) in the plane, coloured by their labels (n,), if there are any."""
     # PCA, the usual start, would divide by zero where features are of rank 1.
     perplexity = min(30, (len(features) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="random", random_state=0)
     points = tsne.fit_transform(features)
+    if labels is None:
+        x, y = points.T
+        ax.scatter(x, y, s=6, color=LINES[0], linewidths=0)
+        return
     for c, name in enumerate(classes):
         if len(classes) <= len(CLASSES):
             color = CLASSES[c]
@@ -707,7 +657,8 @@ def plot_tsne(ax, features, labels, classes):
 def draw_tsne(pictures, arrays, classes):
     """Features of up to 2,000 images in the plane, a panel for each checkpoint, coloured by class.
 
-    There is a legend if all checkpoints have the same classes, and not too many.
+    It is the embedding where there are no features. There is a legend if all checkpoints have the
+    same classes, and not too many.
     """
     columns = 2 if len(pictures) in (2, 4) else min(3, len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -716,9 +667,12 @@ def draw_tsne(pictures, arrays, classes):
     for ax in axes.flat[len(pictures) :]:
         ax.remove()
     for ax, (label, picture) in zip(axes.flat, pictures.items(), strict=False):
-        some = common.evenly_spaced(picture["features"], 2000)
-        features = picture["features"][some].numpy()
-        labels = arrays[label]["labels"][some]
+        features = evaluate.matrix_of(picture)
+        some = common.evenly_spaced(features, 2000)
+        features = features[some].numpy()
+        labels = arrays[label].get("labels")
+        if labels is not None:
+            labels = labels[some]
         ax.set(title=label, xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
         if len(features) < 4:
@@ -728,7 +682,7 @@ def draw_tsne(pictures, arrays, classes):
         else:
             plot_tsne(ax, features, labels, classes[label])
     first, *others = classes.values()
-    if len(first) <= len(CLASSES) and all(other == first for other in others):
+    if 0 < len(first) <= len(CLASSES) and all(other == first for other in others):
         dots, names = axes.flat[0].get_legend_handles_labels()
         figure.legend(
             dots, names, loc="outside lower center", ncols=min(5, len(first)), markerscale=3
@@ -838,7 +792,8 @@ CAPTIONS = {
     "curves_linear": "What training logged; epoch 0 is the untrained network.",
     "curves_log": "The same over logarithmic epochs, without epoch 0; values too where they span "
     "more than a factor of 3.",
-    "tsne": "t-SNE of the features, coloured by class. Distances between groups mean little.",
+    "tsne": "t-SNE of the features, or of the embedding of a file without features, coloured by "
+    "class where there are labels. Distances between groups mean little.",
     "matrices": "Left: correlation of the embedding's dimensions; off the diagonal, white is "
     "decorrelated. Right: cosines of images, sorted by cluster; blocks are clusters, red all over "
     "is representation collapse.",
@@ -848,7 +803,9 @@ CAPTIONS = {
 }
 DIAGNOSIS_NOTE = (
     "Each number is in [0, 1]; below the threshold the mode has collapsed. Representation: "
-    "variance of the embeddings' directions. Dimensional: logarithm of the effective rank over "
+    "variance of the embeddings' directions (threshold 0.2). Of an array of features, whose "
+    "directions are close to one another when a ReLU has made all of them positive: variance over "
+    "mean square (threshold 0.1). Dimensional: logarithm of the effective rank over "
     "that of the dimensions. Cluster: the same of the codes in use. Intracluster: distance to the "
     "own cluster over distance to the next. Assignment: 1 - the mean entropy of an image's "
     "assignment over the logarithm of the codes; where it is still uniform, training has not left "
@@ -892,32 +849,50 @@ def html_table(rows):
 
 def diagnosis_table(numbers):
     """The diagnosis of all checkpoints as HTML, with the thresholds in the head."""
+    # Representation collapse has one for embeddings, and another one for features.
+    reports = [entry["diagnosis"]["representation"] for entry in numbers.values()]
+    thresholds = [f"{number:g}" for number in sorted({report["threshold"] for report in reports})]
     rows = []
     for label, entry in numbers.items():
         row = {
             "checkpoint": label,
-            "method": entry["method"],
-            "data": entry["dataset"],
-            "epoch": str(entry["epoch"]),
+            "method": entry.get("method", ""),
+            "data": entry.get("dataset", ""),
+            "epoch": str(entry.get("epoch", "")),
+            "array": entry["diagnosed"],
         }
         for mode, report in entry["diagnosis"].items():
             text = report["verdict"]
             if report["number"] is not None:
                 text = f"{report['number']:.2f} {text}"
-            row[f"{mode} (<\u00a0{report['threshold']:g})"] = (text, report["verdict"])
+            threshold = report["threshold"]
+            if mode == "representation":
+                threshold = " or ".join(thresholds)
+            row[f"{mode} (<\u00a0{threshold})"] = (text, report["verdict"])
         rows.append(row)
     return html_table(rows)
+
+
+def of_all(rank, dimensions, layer):
+    """The rank of a layer and how many dimensions it has, or nothing if it is missing."""
+    if layer not in rank:
+        return ""
+    return f"{rank[layer]:.1f} of {dimensions[layer]}"
 
 
 def numbers_table(numbers):
     """The other numbers of all checkpoints as HTML."""
     rows = []
     for label, entry in numbers.items():
+        diagnosed = entry["diagnosed"]
         rank = entry["effective_rank"]
         dimensions = entry["dimensions"]
         entropy = entry["entropy"]
         lower, upper = entropy["pairwise"]
         clusters = entry["clusters"]
+        used = f"{clusters['used']} {clusters['by']}"
+        if clusters["of"] is not None:
+            used = f"{clusters['used']} of {clusters['of']} {clusters['by']}"
         mixture = ""  # of the last size only
         if entropy["mixture"]:
             components, value = list(entropy["mixture"].items())[-1]
@@ -927,14 +902,14 @@ def numbers_table(numbers):
             "images": str(entry["images"]),
             "center norm": f"{entry['center_norm']:.3f}",
             "correlation": f"{entry['correlation']:.3f}",
-            "effective rank": f"{rank['embedding']:.1f} of {dimensions['embedding']}",
-            "of features": f"{rank['features']:.1f} of {dimensions['features']}",
-            "AUC": f"{entry['auc']['embedding']:.3f}",
-            "power law": f"{entry['power_law']['embedding']:.2f}",
+            "effective rank": of_all(rank, dimensions, "embedding"),
+            "of features": of_all(rank, dimensions, "features"),
+            "AUC": f"{entry['auc'][diagnosed]:.3f}",
+            "power law": f"{entry['power_law'][diagnosed]:.2f}",
             "entropy, mixture of": mixture,
             "log-det": f"{entropy['logdet']:.3f}",
             "pairwise": f"{lower:.3f} to {upper:.3f}",
-            "clusters used": f"{clusters['used']} of {clusters['of']} {clusters['by']}",
+            "clusters used": used,
         }
         rows.append(row)
     return html_table(rows)
@@ -1055,7 +1030,8 @@ def run_folder(path):
 
 
 def read_log(path):
-    """The epochs' lines, a list of dicts, of the log beside the checkpoint at `path`, a Path.
+    """The epochs' lines, a list of dicts, of the log beside the checkpoint at `path`, a Path,
+    without their verdicts.
 
     The list is empty if there is no log. Ends the program with one line if the log is damaged.
     """
@@ -1063,10 +1039,13 @@ def read_log(path):
     if not log.exists():
         return []
     try:
-        lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        if lines and isinstance(lines[0], dict) and "argv" in lines[0]:
+            del lines[0]  # older logs begin with what is in run.json now
         for line in lines:
             if not isinstance(line, dict) or "epoch" not in line:
                 raise ValueError
+            line.pop("verdict", None)
             if not all(isinstance(value, int | float) for value in line.values()):
                 raise ValueError
     except ValueError:
@@ -1074,30 +1053,51 @@ def read_log(path):
     return lines
 
 
-def run_names(paths):
-    """The names of the run folders of the checkpoints at `paths`, with as many folders above as
-    tell them apart. They are the paths where two checkpoints are of one folder."""
-    folders = [run_folder(path).resolve() for path in paths]
-    if len(set(folders)) == len(folders):
-        for depth in range(1, 10):
-            names = ["/".join(folder.parts[-depth:]) for folder in folders]
-            if len(set(names)) == len(names):
-                return names
-    return [str(path) for path in paths]
+def source_of(job):
+    """What a job is named after: the run folder, or a file that training has not named. A Path."""
+    path = Path(job.path)
+    if path.name == "last.pt" or path.match("epoch-*.pt"):
+        path = path.parent
+    return path.resolve()
 
 
-def job_labels(jobs, checkpoints, datasets):
-    """What each job (path, state, trained) is called in the report: the run's name, its data set if
-    there are several, and whether it is untrained."""
-    paths = [Path(path) for path in checkpoints]
-    names = dict(zip(checkpoints, run_names(paths), strict=True))
+def unique_jobs(jobs):
+    """The jobs without those that are there twice, as runs/x and runs/x/last.pt, and with one
+    untrained network for each run."""
+    unique = {}
+    for job in jobs:
+        step = job.state["step"] if job.state is not None and job.trained else 0
+        unique.setdefault((source_of(job), step, job.trained), job)
+    return list(unique.values())
+
+
+def short_names(sources):
+    """The names {path: name} of paths, with as many folders above as tell them apart."""
+    sources = set(sources)
+    for depth in range(1, 10):
+        names = {source: "/".join(source.parts[-depth:]) for source in sources}
+        if len(set(names.values())) == len(sources):
+            break
+    return names
+
+
+def job_labels(jobs, options):
+    """What each job is called in the report: the name of the run or of the file, its epoch if there
+    are several of one run, its data set if there are several, and whether it is untrained."""
+    names = short_names([source_of(job) for job in jobs])
+    datasets = {job.dataset(options) for job in jobs if job.state is not None}
+    checkpoints = Counter(source_of(job) for job in jobs if job.trained)
     labels = []
-    for (path, _, trained), dataset in zip(jobs, datasets, strict=True):
-        label = names[path]
-        if len(set(datasets)) > 1:
-            label += f" on {dataset}"
-        if not trained:
+    for job in jobs:
+        label = names[source_of(job)]
+        if checkpoints[source_of(job)] > 1 and job.trained:
+            label += f" epoch {job.epoch()}"
+        if len(datasets) > 1 and job.state is not None:
+            label += f" on {job.dataset(options)}"
+        if not job.trained:
             label += " (untrained)"
+        if label in labels:  # two checkpoints of one epoch, one of which is not whole
+            label += f" {Path(job.path).name}"
         labels.append(label)
     return labels
 
@@ -1105,98 +1105,98 @@ def job_labels(jobs, checkpoints, datasets):
 def fewer_test_images(data, limit):
     """The data with at most `limit` of their test images."""
     some = common.evenly_spaced(data.test_images, limit)
-    return dataclasses.replace(
-        data, test_images=data.test_images[some], test_labels=data.test_labels[some]
-    )
+    fewer = dataclasses.replace(data, test_images=data.test_images[some])
+    if data.test_labels is not None:
+        fewer.test_labels = data.test_labels[some]
+    return fewer
 
 
 def draw_own(label, picture, data):
-    """The pictures that show one checkpoint alone {name of the file: (figure, caption)}."""
+    """The pictures that show one checkpoint alone {name of the file: (figure, caption)}. `data` is
+    None for a file, of which there are no images."""
 
     # Labels hold slashes, spaces and brackets, which file names had better not.
     def file_name(kind):
         return re.sub(r"[^\w.-]+", "-", f"{kind}-{label}").strip("-")
 
     matrices = draw_matrices(label, picture)
-    nearest = draw_nearest(label, picture, data)
-    return {
-        file_name("matrices"): (matrices, f"{label}. {CAPTIONS['matrices']}"),
-        file_name("nearest"): (nearest, f"{label}. {CAPTIONS['nearest']}"),
-    }
+    figures = {file_name("matrices"): (matrices, f"{label}. {CAPTIONS['matrices']}")}
+    if data is not None:
+        nearest = draw_nearest(label, picture, data)
+        figures[file_name("nearest")] = (nearest, f"{label}. {CAPTIONS['nearest']}")
+    return figures
 
 
-def draw_shared(numbers, arrays, pictures, classes, logs):
+def draw_shared(numbers, arrays, pictures, classes, logs, methods):
     """The pictures that show all checkpoints together {name: (figure, caption)}.
 
-    The arguments are dicts by the checkpoints' labels. Entropies are left out where the images are
-    too few for any mixture, and curves where there are no logs.
+    The arguments are dicts by the checkpoints' labels, and `logs` and `methods` by the names of
+    runs. Entropies are left out where the images are too few for any mixture, and curves where
+    there are no logs.
     """
     figures = {"spectra": draw_spectra(arrays)}
     if any(entry["entropy"]["mixture"] for entry in numbers.values()):
         figures["entropy"] = draw_entropy(arrays)
     if logs:
-        methods = {label: numbers[label]["method"] for label in logs}
         figures["curves_linear"] = draw_curves(logs, methods, "linear")
         figures["curves_log"] = draw_curves(logs, methods, "log")
     figures["tsne"] = draw_tsne(pictures, arrays, classes)
     return {name: (figure, CAPTIONS[name]) for name, figure in figures.items()}
 
 
-def collapse_line(label, diagnosis):
-    """A sentence on which modes of a checkpoint have collapsed."""
-    collapsed = []
-    for mode, report in diagnosis.items():
-        if report["verdict"] == "collapsed":
-            collapsed.append(f"{mode} ({report['number']:.2f})")
-    line = f"{label}: no collapse"
-    if collapsed:
-        line = f"{label}: {', '.join(collapsed)} collapse"
-    if diagnosis["assignment"]["verdict"] == "still uniform":
-        line += "; assignments are still uniform"
-    return line
-
-
 def report_checkpoints(options, folder, device):
-    """The report on the checkpoints in `options`. Ends the program with one line, before any work
-    is done, if one of them cannot be read."""
-    jobs = evaluate.read_checkpoints(options)
-    datasets = [options.dataset or state["args"]["dataset"] for _, state, _ in jobs]
-    labels = job_labels(jobs, options.checkpoints, datasets)
-    run_logs = {path: read_log(Path(path)) for path in options.checkpoints}
+    """The report on the checkpoints and files in `options`. Ends the program with one line, before
+    any work is done, if one of them cannot be read."""
+    jobs = unique_jobs(evaluate.read_jobs(options))
+    labels = job_labels(jobs, options)
+    run_logs = {}
+    for job in jobs:
+        if job.state is not None:
+            run_logs[source_of(job)] = read_log(Path(job.path))
 
     numbers = {}
     arrays = {}
     pictures = {}
     classes = {}
     logs = {}
+    methods = {}
     own_figures = {}
     components = options.components
     steps = len(jobs) * (len(components) + 2)
     bar = tqdm(total=steps, desc="analyze", disable=None, leave=False)
+    run_names = short_names([source_of(job) for job in jobs])
     networks = evaluate.networks(jobs, options, device)
-    work = zip(jobs, datasets, labels, networks, strict=True)
-    for (path, state, trained), dataset, label, (model, data) in work:
+    for job, label, (model, data) in zip(jobs, labels, networks, strict=True):
         bar.set_description(label)
-        if len(data.test_labels) < 4:
-            common.fail(
-                f"the analysis needs at least 4 test images, and --dataset {dataset} has fewer"
-            )
-        data = fewer_test_images(data, options.images)
-        found, arrays[label], pictures[label] = measure(path, model, data, components, bar)
-        numbers[label] = {
-            "method": state["method"],
-            "dataset": dataset,
-            "epoch": state["epoch"] if trained else 0,
-            **found,
-        }
-        classes[label] = data.classes
-        # The first line is from before training.
-        if trained and len(run_logs[path]) > 1:
-            logs[label] = run_logs[path]
+        about = {}
+        if job.state is None:
+            results = measure_file(job, options.images, components, bar, device)
+            classes[label] = job.arrays.data.classes
+        else:
+            if len(data.test_images) < 4:
+                common.fail(
+                    f"the analysis needs at least 4 test images, and --dataset "
+                    f"{job.dataset(options)} has fewer"
+                )
+            data = fewer_test_images(data, options.images)
+            results = measure_network(job, model, data, components, bar)
+            classes[label] = data.classes
+            about = {
+                "method": job.state["method"],
+                "dataset": job.dataset(options),
+                "epoch": job.epoch(),
+            }
+            # The first line is from before training. A run with several checkpoints has one log.
+            log = run_logs[source_of(job)]
+            if job.trained and len(log) > 1:
+                logs[run_names[source_of(job)]] = log
+                methods[run_names[source_of(job)]] = job.state["method"]
+        found, arrays[label], pictures[label] = results
+        numbers[label] = about | found
         own_figures |= draw_own(label, pictures[label], data)
     bar.close()
 
-    shared_figures = draw_shared(numbers, arrays, pictures, classes, logs)
+    shared_figures = draw_shared(numbers, arrays, pictures, classes, logs, methods)
     named_arrays = {}
     for label, entry in arrays.items():
         for name, array in entry.items():
@@ -1205,7 +1205,8 @@ def report_checkpoints(options, folder, device):
     figures = shared_figures | own_figures
     write_report(folder, "Collapse report", intro, numbers, named_arrays, figures)
     for label, entry in numbers.items():
-        print(collapse_line(label, entry["diagnosis"]))
+        diagnosed = entry["diagnosed"]
+        print(f"{label}: {common.describe(entry['diagnosis'], diagnosed)} ({diagnosed})")
 
 
 # --- the command

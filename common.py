@@ -4,8 +4,8 @@ Contents, in the order of this file:
 
 Data          load_data, two_views          uint8 images, and two augmented views of each batch
 Augmentation  draw_augmentation, augment    random parameters for each image, a batch at once
-Backbones     build_backbone, frozen_copy   resnet8, resnet18, resnet50, vit_small, mlp
-Metrics       collapse_metrics, extract     center norm, rank, correlation, used codes, kNN accuracy
+Backbones     build_backbone, load_weights  resnet8, resnet18, resnet50, vit_small, mlp
+Metrics       collapse_metrics, diagnose    center norm, rank, codes, kNN accuracy; the verdict
 Processes     gather, sum_gradients         several processes compute what a single one would
 Flags         add_shared_flags, parse_args  the flags of all methods, and where defaults come from
 Run           set_up, open_run, Run         device, optimizer, run folder, log, checkpoint, resume
@@ -21,7 +21,8 @@ scores(z)     Only if there are codes or prototypes: embeddings (n, d) to scores
               assigned the code with the largest score. A row of scores depends on its own z alone.
 temperature   Only if there are scores, and 1 if it is missing: softmax(scores / temperature) is the
               distribution whose entropy is measured.
-teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it.
+teacher       Only if there is one: a Module without gradient, as `frozen_copy` returns it. Its
+              first part, teacher[0], is a copy of the backbone, which `--weights` sets, too.
               `--compile` compiles its `forward`, and that of the model.
 
 Parameters and buffers hold all that training changes, because the checkpoint keeps nothing else of
@@ -33,20 +34,25 @@ of torch's own generator.
 """
 
 import argparse
+import collections
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
+import uuid
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,7 +63,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -88,7 +93,23 @@ def uniform(low, high, shape, draw):
 
 TOYS = ("blobs", "moons")
 DATASETS = ("cifar10", "cifar100", "svhn", "imagenet100", "folder", "shapes", *TOYS)
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+# Files with these endings are images, if the installed Pillow reads them.
+IMAGE_ENDINGS = """
+.jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .tif .tiff .bmp .dib .jp2 .j2k .jpx .jpf .j2c
+.ppm .pgm .pbm .pnm .tga .qoi
+""".split()
+
+# How an image is turned upright, by its EXIF orientation. (`ImageOps.exif_transpose` of Pillow also
+# writes the EXIF data anew, which fails where another entry is damaged.)
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # The 100 classes that "Contrastive Multiview Coding" (Tian et al., 2020) drew from ImageNet.
 IMAGENET100 = """
@@ -109,19 +130,27 @@ n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 
 class Data:
     """A data set. Training and test images are uint8 (N, 3, H, W), points are float32 (N, 2).
 
-    Labels are int64 (N,), places in the list `classes`. `mean` and `std` are those of the training
-    set: of each color (3,) of pixels in [0, 1], or of each coordinate (2,). The network sees `size`
-    × `size` pixels. Of larger images it sees the middle.
+    Labels are int64 (N,), places in the list `classes`. They are None, and `classes` is empty, if
+    the data set has no labels. `mean` and `std` are those of the training set: of each color (3,)
+    of pixels in [0, 1], or of each coordinate (2,). The network sees `size` × `size` pixels. Of
+    larger images it sees the middle.
+
+    The lines of `summary` say what was understood. `fingerprint` changes when the training images
+    or their order change. For a folder, the names are the images' paths relative to it.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     test_images: torch.Tensor
-    test_labels: torch.Tensor
+    test_labels: torch.Tensor | None
     classes: list
     mean: torch.Tensor
     std: torch.Tensor
     size: int
+    summary: list = field(default_factory=list)
+    fingerprint: str = ""
+    train_names: list = field(default_factory=list)
+    test_names: list = field(default_factory=list)
 
     def normalise(self, images):
         """A batch without augmentation as the network sees it: float32, mean 0, deviation 1."""
@@ -141,6 +170,7 @@ def load_data(args, device):
     then stay in a memory-mapped file.
     """
     size = args.image_size
+    details = {}  # the fields of `Data` that only a folder has
     if args.dataset in TOYS:
         train = draw_toy(args.dataset, 1500, seed=0)
         test = draw_toy(args.dataset, 600, seed=1)
@@ -150,11 +180,20 @@ def load_data(args, device):
         test = draw_shapes(1000, size, seed=1)
         classes = list(SHAPES)
     elif args.dataset in ("folder", "imagenet100"):
-        train, test, classes = read_folder(Path(args.data_dir), size, args.dataset)
+        train, test, classes, details = read_folder(args)
     else:
         train, test, classes = read_torchvision(args)
     images, labels = train
     test_images, test_labels = test
+    if not details:
+        kind = "points" if images.ndim == 2 else "images"
+        details = {
+            "summary": [
+                f"{args.dataset}: {len(images)} {kind} of {len(classes)} classes, "
+                f"{len(test_images)} test {kind}"
+            ],
+            "fingerprint": f"{args.dataset}-{size}-{len(images)}",
+        }
 
     sample = images[:: 1 + images.nbytes // 50_000_000]  # a part of a large set is enough
     if sample.ndim == 2:
@@ -170,12 +209,13 @@ def load_data(args, device):
         fits = True
     if fits:
         images = images.to(device)
-        labels = labels.to(device)
         test_images = test_images.to(device)
-        test_labels = test_labels.to(device)
+        if classes:
+            labels = labels.to(device)
+            test_labels = test_labels.to(device)
     mean = mean.to(device)
     std = std.to(device)
-    return Data(images, labels, test_images, test_labels, classes, mean, std, size)
+    return Data(images, labels, test_images, test_labels, classes, mean, std, size, **details)
 
 
 def read_torchvision(args):
@@ -219,172 +259,512 @@ def read_torchvision(args):
     return splits["train"], splits["test"], classes
 
 
-def read_folder(root, size, dataset):
-    """The images of root/train/<class>/ and root/{val,test}/<class>/.
+def read_folder(args):
+    """The images of the folder `args.data_dir`, for "folder" and "imagenet100".
 
-    `dataset` is "folder", or "imagenet100" for the 100 published classes of an ImageNet folder.
-    Returns (images, labels) of the training set, the same of the test set, and the class names.
-    The images are memory-mapped uint8. Above 64 pixels they are larger than `size`, 256 for 224,
-    because random crops are cut out of them. The program ends with one line if there are no
-    images, or images that cannot be read.
+    "folder" takes the images below train/, and those below val/ or test/ as the test set. Without
+    train/ it takes all images. Without a test set it holds images out (see `by_hash`).
+    "imagenet100" takes the 100 published classes of an ImageNet folder. Returns (images, labels) of
+    the training set, the same of the test set, the class names, and a dict of the other fields of
+    `Data`. Without labels (see `find_classes`) they are None, and there are no class names.
+
+    The images are memory-mapped uint8. Above 64 pixels they are larger than the network sees them,
+    256 for 224, because random crops are cut out of them. The program ends with one line if there
+    are no images, if their labels are not clear, or if some of them cannot be read.
+    """
+    root = Path(args.data_dir)
+    if not root.is_dir():
+        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
+    others = collections.Counter()
+    if args.dataset == "imagenet100":
+        splits = find_imagenet100(root, others)
+        classes = sorted(IMAGENET100)
+        about_labels = "labels: 100 classes"
+    else:
+        splits = find_splits(root, others)
+        classes, about_labels = find_classes(args.labels, root, splits)
+
+    images, files, about_images = read_splits(args, root, splits)
+    if len(splits) == 2:
+        _, test = splits
+        train_images, train_files = images["train"], files["train"]
+        test_images, test_files = images[test], files[test]
+        counts = f"{len(train_files)} images to train on, {len(test_files)} in {test}/ to test on"
+    else:
+        (split,) = splits
+        n = len(files[split])
+        if n < 2:
+            fail(f"{str(root)!r} holds one image: at least two are needed")
+        held_out = min(5000, max(n // 10, min(4, n // 2)))
+        train_images, train_files = images[split][held_out:], files[split][held_out:]
+        test_images, test_files = images[split][:held_out], files[split][:held_out]
+        counts = f"{len(train_files)} images to train on, {held_out} others held out"
+
+    summary = [f"{args.dataset}: {counts}", about_labels]
+    if "all" in splits and ((root / "val").is_dir() or (root / "test").is_dir()):
+        summary.append("there is no folder train/, so val/ and test/ are folders like all others")
+    if others:
+        kinds = [f"{count} {ending}" for ending, count in others.most_common(5)]
+        if len(others) > 5:
+            kinds.append("...")
+        summary.append(f"skipped, because they are not images: {', '.join(kinds)}")
+    summary += about_images
+
+    train_names = [name for name, _, _ in train_files]
+    test_names = [name for name, _, _ in test_files]
+    train_labels = test_labels = None
+    if classes:
+        depth = 0 if "all" in splits else 1
+        train_labels = labels_of(train_names, classes, depth)
+        test_labels = labels_of(test_names, classes, depth)
+    details = {
+        "summary": summary,
+        # Without the times, which a copy of the folder need not keep.
+        "fingerprint": fingerprint([(name, size) for name, size, _ in train_files]),
+        "train_names": train_names,
+        "test_names": test_names,
+    }
+    return (train_images, train_labels), (test_images, test_labels), classes, details
+
+
+def find_splits(root, others):
+    """The names of the images of each split, as a dict: an image's name is its path below `root`.
+
+    The splits are "train", and "val" or "test" if there is one. Without a folder train/ the only
+    split is "all". Where it is alone, the names stand in the order of `by_hash`. `others` counts
+    the endings of files that are not images.
     """
     if (root / "val").is_dir():
         test = "val"
     else:
         test = "test"
-    train_classes = class_folders(root / "train")
-    test_classes = class_folders(root / test)
-    if dataset == "imagenet100":
-        # The others are left out. `labelled_files` refuses a folder that lacks one of these.
-        train_classes = sorted(IMAGENET100)
-        test_classes = train_classes
-    extra = set(test_classes) - set(train_classes)
-    if extra:
-        fail(f"{str(root / test)!r} has class {min(extra)!r}, which train/ lacks")
-    # A label is the class's place in `train_classes`. The test set may lack some of the classes.
-    label_of = {name: label for label, name in enumerate(train_classes)}
-    train_files = labelled_files(root / "train", label_of)
-    test_files = labelled_files(root / test, {name: label_of[name] for name in test_classes})
+    folders = {"all": root}
+    if (root / "train").is_dir():
+        folders = {"train": root / "train"}
+        if (root / test).is_dir():
+            folders[test] = root / test
+    splits = {}
+    for split, folder in folders.items():
+        splits[split] = list_images(root, [folder], others)
+        if not splits[split]:
+            fail(
+                f"no images in {str(folder)!r}: --data-dir must hold images, at any depth, or else "
+                "in train/, and in val/ or test/ if some are to be held out"
+            )
+    if len(splits) == 1:
+        splits[split].sort(key=by_hash)
+    return splits
 
-    if size <= 64:
-        stored_size = size
+
+def by_hash(name):
+    """The place of an image where a part of all images, the first ones, are held out.
+
+    They are the same in every run. After images have come or gone they are mostly the same.
+    """
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
+def find_imagenet100(root, others):
+    """Like `find_splits`, for the 100 classes of an ImageNet folder, which all must have images."""
+    if (root / "val").is_dir():
+        test = "val"
     else:
-        stored_size = size * 8 // 7
-    train_images = read_images(root, "train", train_files, stored_size)
-    test_images = read_images(root, test, test_files, stored_size)
-    train_labels = torch.tensor([label for _, label in train_files])
-    test_labels = torch.tensor([label for _, label in test_files])
-    return (train_images, train_labels), (test_images, test_labels), train_classes
+        test = "test"
+    splits = {}
+    for split in ("train", test):
+        folders = [root / split / name for name in sorted(IMAGENET100)]
+        folders = [folder for folder in folders if folder.is_dir()]
+        splits[split] = list_images(root, folders, others)
+        there = {name.split("/")[1] for name in splits[split]}
+        missing = sorted(set(IMAGENET100) - there)
+        if missing:
+            fail(
+                f"no images in {str(root / split)!r} for {len(missing)} of the 100 classes, the "
+                f"first is {missing[0]}: imagenet100 needs train/<class>/*, and val/<class>/* or "
+                "test/<class>/*"
+            )
+    return splits
 
 
-def class_folders(folder):
-    """The names of the folders in `folder`, sorted, without hidden ones."""
-    try:
-        names, _ = find_classes(folder)
-    except (OSError, ValueError) as error:
-        refuse_folder(folder, error)
-    return [name for name in names if name[0] != "."]
+def list_images(root, folders, others):
+    """The paths below `root`, with "/", of all images below the folders, in the order of names.
+
+    Hidden files and folders are left out. Links are followed. `others` counts the endings of files
+    that are not images.
+    """
+    endings = image_endings()
+    names = []
+    seen = {}
+    for top in folders:
+        for folder, subfolders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            there = os.path.realpath(folder)
+            if there in seen:
+                fail(
+                    f"a folder below {str(root)!r} is there twice, by a link: "
+                    f"{seen[there]!r} is {folder!r}; remove the link"
+                )
+            seen[there] = folder
+            prefix = Path(folder).relative_to(root).as_posix() + "/"
+            if prefix == "./":
+                prefix = ""
+            for file in sorted(files):
+                ending = os.path.splitext(file)[1].lower()
+                if file[0] == ".":
+                    continue
+                if ending in endings:
+                    names.append(prefix + file)
+                else:
+                    others[ending or "without an ending"] += 1
+    return names
 
 
-def labelled_files(folder, label_of):
-    """(path, label) of all images below folder/<class>/, for the classes in `label_of`, sorted."""
-    try:
-        return make_dataset(folder, label_of, is_valid_file=is_image)
-    except (OSError, ValueError) as error:
-        refuse_folder(folder, error)
+def refuse_folder(error):
+    """Ends the program with one line because a folder cannot be listed."""
+    fail(f"cannot read the folder {error.filename!r} ({error.strerror})")
 
 
-def is_image(path):
-    """Whether the ending is that of an image, and the file is not a hidden one."""
-    path = Path(path)
-    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+def image_endings():
+    """Those of IMAGE_ENDINGS that the installed Pillow reads."""
+    Image.init()
+    return {ending for ending in IMAGE_ENDINGS if Image.EXTENSION.get(ending) in Image.OPEN}
 
 
-def refuse_folder(folder, error):
-    """Ends the program with one line on what a folder of images must look like."""
-    fail(
-        f"no images in {str(folder)!r} ({str(error)[:90]}): --data-dir must hold images in "
-        "train/<class>/* and in val/<class>/* or test/<class>/*"
-    )
+def holds_images(folder):
+    """Whether there is an image below the folder."""
+    endings = image_endings()
+    for _, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        for file in files:
+            if file[0] != "." and os.path.splitext(file)[1].lower() in endings:
+                return True
+    return False
 
 
-def read_images(root, split, labelled, size):
-    """The images of a split (n, 3, size, size), memory-mapped from the cache of decoded images."""
+def find_classes(choice, root, splits):
+    """The class names, sorted, and a line that says how the labels were understood.
+
+    The class of an image is the first folder of its path below the folder of its split. `choice` is
+    "folders"; "none", for no labels; or "auto", for labels if every image lies in <class>/<image>
+    and there are two or more classes. Without labels the class names are an empty list.
+    """
+    if choice == "none":
+        return [], "no labels, because of --labels none"
+    below = {}  # the paths below the folder of the split
+    for split, names in splits.items():
+        cut = 0 if split == "all" else len(split) + 1
+        below[split] = [name[cut:] for name in names]
+    depths = {name.count("/") for names in below.values() for name in names}
+    first_split, *other_splits = below
+    classes = {name.split("/")[0] for name in below[first_split] if "/" in name}
+
+    if choice == "auto":
+        hint = "--labels folders takes the first folder's name as the class"
+        if depths == {0}:
+            return [], "no labels: the images do not lie in folders of classes"
+        if 0 in depths:
+            return [], "no labels: some images lie in folders, others do not"
+        if len(depths) > 1:
+            return [], f"no labels: images lie at different depths; {hint}"
+        if depths != {1}:
+            return [], f"no labels: images lie in folders of folders; {hint}"
+        if len(classes) == 1:
+            return [], "no labels: all images lie in one folder"
+    for split, names in below.items():
+        for name in names:
+            if "/" not in name:
+                path = root / name if split == "all" else root / split / name
+                fail(
+                    f"{str(path)!r} does not lie in the folder of a class: "
+                    "move it, or use --labels none"
+                )
+    if len(classes) == 1:
+        fail(f"the only class is {min(classes)!r}: use --labels none")
+    for split in other_splits:
+        extra = {name.split("/")[0] for name in below[split]} - classes
+        if extra:
+            fail(
+                f"{str(root / split)!r} has class {min(extra)!r}, which {first_split}/ lacks: "
+                "remove it, or use --labels none"
+            )
+    classes = sorted(classes)
+    some = ", ".join(classes[:3])
+    if len(classes) > 3:
+        some += ", ..."
+    about = f"labels: {len(classes)} classes from the names of folders ({some})"
+    if choice == "auto":
+        about += "; --labels none ignores them"
+    return classes, about
+
+
+def labels_of(names, classes, depth):
+    """The place in `classes` of each image: the folder `depth` folders below the root names it."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    return torch.tensor([label_of[name.split("/")[depth]] for name in names])
+
+
+def read_splits(args, root, splits):
+    """The images of all splits, from their names.
+
+    Returns two dicts with the images and the files of each split, as `read_images` does, and lines
+    that say what has been left out. If images are damaged, and `args.skip_damaged` is not set, the
+    program ends with one line when all have been decoded.
+    """
+    if args.image_size <= 64:
+        size = args.image_size
+    else:
+        size = args.image_size * 8 // 7
+    images = {}
+    files = {}
+    total = 0
+    long = 0
+    damaged = []
+    damaged_lists = []
+    for split, names in splits.items():
+        images[split], files[split], long_here, damaged_list = read_images(
+            args, root, split, names, size
+        )
+        total += len(names)
+        long += long_here
+        good = {name for name, _, _ in files[split]}
+        if len(good) < len(names):
+            damaged += [name for name in names if name not in good]
+            damaged_lists.append(repr(str(damaged_list)))
+
+    lines = []
+    what = f"{len(damaged)} of {total} images, which are damaged or have more than 8 bits"
+    names_are_in = f"all names are in {' and '.join(damaged_lists)}"
+    if damaged and not args.skip_damaged:
+        first_ten = ", ".join(repr(str(root / name)) for name in damaged[:10])
+        fail(
+            f"cannot use {what}: {first_ten}; {names_are_in}: "
+            "replace or remove these images, or add --skip-damaged"
+        )
+    if damaged:
+        lines.append(f"left out: {what}; {names_are_in}")
+    if long > total / 10:
+        lines.append(
+            "of each image the middle square is used: "
+            f"{long} of {total} images lose more than a third of their pixels"
+        )
+    return images, files, lines
+
+
+def read_images(args, root, split, names, size):
+    """The images of a split (n, 3, size, size), memory-mapped from the cache of decoded images.
+
+    Images that are damaged are left out. Returns the images, the files that they are from as
+    (name, size in bytes, time of change), how many of them are long (see `decode_image`), and the
+    path of the file that names those that were left out.
+    """
+    if args.cache_dir is None:
+        folder = root / f".cache-{size}"
+        prefix = f"{args.dataset}-{split}-{size}-"
+    else:
+        folder = Path(args.cache_dir)
+        place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
+        prefix = f"{args.dataset}-{place}-{split}-{size}-"  # several roots may share the folder
+    damaged_list = folder / f"{prefix}damaged.txt"
+    files = [(name, *size_and_time(os.path.join(root, name))) for name in names]
     with first_on_machine() as first:
         if first:
-            decode_images(root, split, [Path(path) for path, _ in labelled], size)
-    (cache,) = (root / f".cache-{size}").glob(f"{split}-*.npy")
-    array = np.load(cache, mmap_mode="c")  # copy-on-write: torch wants writable memory
-    return torch.from_numpy(array)
+            decode_images(folder, prefix, root, files, size)
+    damaged = read_lines(damaged_list)
+    files = [file for file in files if file[0] not in damaged]
+    cache = folder / f"{prefix}{fingerprint(files)}.npy"
+    try:
+        array = np.load(cache, mmap_mode="c")  # copy-on-write: torch wants writable memory
+    except FileNotFoundError:
+        fail(f"images in {str(root)!r} have changed while they were read: start again")
+    except (OSError, ValueError, EOFError) as error:
+        fail(f"cannot read the image cache {str(cache)!r} ({error}): remove this file")
+    return torch.from_numpy(array), files, count_long(cache), damaged_list
 
 
-def decode_images(root, split, files, size):
+def size_and_time(path):
+    """Of a file: its bytes and the time of its last change, in ns, -1 if it cannot be found."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def read_lines(path):
+    """The set of lines of a text file, empty if there is none that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return set()
+    return set(text.split("\n")) - {""}
+
+
+def fingerprint(files):
+    """16 hexadecimal digits that change if one of the tuples of strings and numbers does."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(ascii(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def decode_images(folder, prefix, root, files, size):
     """Writes the images as one uint8 array (n, 3, size, size), if that is not yet done.
 
-    The array is root/.cache-<size>/<split>-<fingerprint of the files>.npy. So other files, or
-    changed ones, get a new array. The split's old arrays are removed. The program ends with one
-    line if an image cannot be read, or the array cannot be written.
+    The array is folder/<prefix><fingerprint of the files>.npy. So other files, or changed ones, get
+    a new array. Arrays of the same prefix that are outdated are removed. Files that are damaged are
+    not in the array, and stand in folder/<prefix>damaged.txt, one in a line. The program ends with
+    one line if all are damaged, or the array cannot be written.
     """
-    cache = root / f".cache-{size}" / f"{split}-{fingerprint(root, files)}.npy"
-    folders = {path.parent for path in files}
-    resolved = {folder.resolve() for folder in folders}
-    if len(resolved) < len(folders):
-        fail(f"a folder below {str(root / split)!r} is there twice, by a link: remove the link")
+    damaged_list = folder / f"{prefix}damaged.txt"
+    known = read_lines(damaged_list)
+    # What was damaged the last time is tried again: perhaps a disk was not there.
+    again = [file for file in files if file[0] in known]
+    damaged = {file[0] for file, decoded in decode_all(root, again, size) if decoded is None}
+    good = [file for file in files if file[0] not in damaged]
+    cache = folder / f"{prefix}{fingerprint(good)}.npy"
     if not cache.exists():
-        write_cache(cache, split, files, size)
-    outdated = set(cache.parent.glob(f"{split}-*.npy")) - {cache}
-    for path in outdated:
-        path.unlink()
-
-
-def fingerprint(root, files):
-    """16 hexadecimal digits that change if a file comes, goes, is renamed or is written to."""
-    stats = []
-    for path in files:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            fail(f"cannot read {error.filename!r} ({error.strerror}): remove or replace it")
-        stats.append((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
-def write_cache(cache, split, files, size):
-    """Decodes all images into the array `cache`, which appears only when it is whole."""
-    part = cache.with_suffix(f".{os.getpid()}.part")  # another run may be writing the same cache
+        cache, damaged = write_cache(folder, prefix, root, files, size)
     try:
-        cache.parent.mkdir(exist_ok=True)
-        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 3, size, size))
+        if damaged and damaged != known:
+            text = "".join(f"{name}\n" for name, _, _ in files if name in damaged)
+            damaged_list.write_text(text, encoding="utf-8", errors="surrogateescape")
+        elif not damaged:
+            damaged_list.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"cannot write {str(damaged_list)!r} ({error.strerror}): choose another --cache-dir")
+    for path in folder.glob(f"{prefix}*"):
+        outdated = path.suffix in (".npy", ".json") and path.stem != cache.stem
+        with suppress(OSError):  # on Windows another run may have mapped it
+            # A killed run leaves its .part. A living one writes to it all the time.
+            if path.suffix == ".part":
+                outdated = time.time() - path.stat().st_mtime > 3600
+            if outdated:
+                path.unlink()
+
+
+def write_cache(folder, prefix, root, files, size):
+    """Decodes the files into a new array, which appears only when it is whole.
+
+    Returns its path and the set of the names of damaged files.
+    """
+    part = folder / f"{prefix}{uuid.uuid4().hex}.part"  # another run may be writing the same array
+    good = []
+    damaged = set()
+    long = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        needed = len(files) * 3 * size**2
+        disk = shutil.disk_usage(folder)
+        if needed > disk.free and disk.total:  # some file systems know neither
+            fail(
+                f"the image cache {str(folder)!r} needs {needed / 1e9:.3g} GB, and there are "
+                f"{disk.free / 1e9:.3g} GB free: choose another folder with --cache-dir"
+            )
+        # Written row by row, because a map of a file on a full disk ends the program by a signal.
+        with open(part, "xb") as out:
+            write_header(out, len(files), size)
+            for file, decoded in decode_all(root, files, size):
+                if decoded is None:
+                    damaged.add(file[0])
+                    continue
+                pixels, is_long = decoded
+                out.write(pixels)
+                good.append(file)
+                long += is_long
+            if not good:
+                fail(
+                    f"all {len(files)} images are damaged or have more than 8 bits, "
+                    f"the first is {str(root / files[0][0])!r}"
+                )
+            out.seek(0)
+            write_header(out, len(good), size)
+            out.flush()
+            os.fsync(out.fileno())
+        cache = folder / f"{prefix}{fingerprint(good)}.npy"
+        try:
+            os.replace(part, cache)
+        except PermissionError:  # on Windows, where another run has mapped the same array
+            if not cache.exists():
+                raise
     except OSError as error:
         fail(
-            f"cannot write the image cache {str(cache.parent)!r} ({error.strerror}): "
-            "link the images elsewhere"
+            f"cannot write the image cache {str(folder)!r} ({error.strerror}): "
+            "choose another folder with --cache-dir"
         )
-
-    def decode_into_array(i):
-        pixels = decode_image(files[i], size)
-        if pixels is None:
-            return False
-        array[i] = pixels
-        return True
-
-    try:
-        bad = []
-        # Threads, not processes: Pillow works without the interpreter's lock.
-        with ThreadPoolExecutor() as pool:
-            results = pool.map(decode_into_array, range(len(files)))
-            results = tqdm(results, f"decode {split}", len(files), disable=None, leave=False)
-            for path, decoded in zip(files, results, strict=True):
-                if not decoded:
-                    bad.append(path)
-        if bad:
-            fail(
-                f"{len(bad)} image(s) are damaged or have more than 8 bits, "
-                f"the first is {str(bad[0])!r}; replace them"
-            )
-        array.flush()
-        os.replace(part, cache)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly there is none
+            part.unlink()
+    with suppress(OSError):  # `count_long` does without it
+        cache.with_suffix(".json").write_text(json.dumps({"long": long}))
+    return cache, damaged
+
+
+def write_header(file, n, size):
+    """The beginning of an .npy file of `n` images. It has the same length for every `n`."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def count_long(cache):
+    """How many images of the cache are long."""
+    try:
+        return json.loads(cache.with_suffix(".json").read_text())["long"]
+    except (OSError, ValueError):
+        return 0
+
+
+def decode_all(root, files, size):
+    """Yields (file, what `decode_image` gives for it) for all files, in their order."""
+
+    def decode(file):
+        return decode_image(root / file[0], size)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large files, and of odd EXIF data
+        # Threads, not processes: Pillow works without the interpreter's lock.
+        with (
+            ThreadPoolExecutor() as pool,
+            tqdm(desc="decode", total=len(files), disable=None, leave=False) as bar,
+        ):
+            # Some at a time, because the pool would not wait if the disk is slow.
+            for first in range(0, len(files), 1000):
+                some = files[first : first + 1000]
+                for file, decoded in zip(some, pool.map(decode, some), strict=True):
+                    bar.update()
+                    yield file, decoded
 
 
 def decode_image(path, size):
-    """An image file as uint8 pixels (3, size, size), or None if it is damaged or has over 8 bits.
+    """An image file as (uint8 pixels (3, size, size), whether it is long).
 
-    The shorter side is resized to `size`, antialiased, and the middle is cut out.
+    It is turned upright, as its EXIF orientation says, and laid on white where it is transparent.
+    The shorter side is resized to `size`, antialiased, and the middle is cut out. An image is long
+    if that leaves out more than a third of it. Returns None if the file is damaged or has more than
+    8 bits.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         with Image.open(path) as file:
             if file.mode[0] in "IF":  # more than 8 bits, which "RGB" would clip
                 return None
-            image = file.convert("RGB")
+            if "transparency" in file.info or file.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+                image = file.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image).convert("RGB")
+            else:
+                image = file.convert("RGB")
+            orientation = file.getexif().get(0x0112)
         with Image.open(path) as file:
             file.verify()  # the checksums of a PNG, which loading does not look at
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        is_long = max(image.size) > 1.5 * min(image.size)
         image = TF.resize(image, size, antialias=True)
         image = TF.center_crop(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises a dozen kinds of them on damaged files
         return None
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), is_long
 
 
 def draw_toy(name, n, seed):
@@ -461,7 +841,7 @@ def two_views(data, args, views, epoch, first=0):
     (n, 2), where n is this process's share of the batch. The last, short batch is left out. All
     depends only on seed, epoch and step, so that a resumed run sees the same batches.
     """
-    n = len(data.labels)
+    n = len(data.images)
     steps = n // args.batch_size
     permutation = torch.randperm(n, generator=generator(args.seed, epoch))
     whole_batches = permutation[: steps * args.batch_size]
@@ -905,7 +1285,138 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
 
+def load_weights(model, args):
+    """Starts the backbone of a model, and its teacher's, from the tensors in `args.weights`.
+
+    The file is what torch.save writes of a dict: a state_dict, or a dict with one inside. Its names
+    may have a prefix before those of the backbone here. What it lacks of the backbone stays as it
+    is. Returns a line that says what was loaded and what was not. Ends the program with one line if
+    the file cannot be read, holds less than half of the backbone, or has other shapes.
+    """
+    path = Path(args.weights)
+    if path.is_dir():
+        path = path / "last.pt"
+    own = model.backbone.state_dict()
+    # Old files lack these counts, which nothing here reads.
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    place, entries, prefix = find_weights(read_weights(path), names)
+    tensors = {name: entries[prefix + name] for name in own if prefix + name in entries}
+    missing = [name for name in names if name not in tensors]
+    found = len(names) - len(missing)
+    if found < len(names) / 2:
+        has = first_few(list(entries)) or "no tensors"
+        fail(
+            f"--weights {str(path)!r} holds {found} of the {len(names)} tensors of "
+            f"{args.backbone}: it lacks {missing[0]!r} and has {has}; "
+            "choose another file, or the --backbone that it is of"
+        )
+    for name, tensor in tensors.items():
+        there = tuple(tensor.shape)
+        here = tuple(own[name].shape)
+        if there != here:
+            fail(
+                f"--weights {str(path)!r} does not fit: {name} is {there} there and {here} here; "
+                + advice_on_shapes(name, there, here)
+            )
+    model.backbone.load_state_dict(tensors, strict=False)
+    for norm in batch_norms(model.backbone):
+        # A file without this count is of a network that has seen many batches.
+        if norm.num_batches_tracked == 0 and not has_new_statistics(norm):
+            norm.num_batches_tracked.fill_(10_000)
+    if hasattr(model, "teacher"):
+        model.teacher[0].load_state_dict(model.backbone.state_dict())
+
+    line = f"weights: {found} of {len(names)} tensors of {args.backbone} from {path}"
+    if place:
+        line += f", under {place!r}"
+    if prefix:
+        line += f", without the prefix {prefix!r}"
+    if missing:
+        line += f"; not there, so new: {first_few(missing)}"
+    used = {prefix + name for name in own}
+    unused = [key for key in entries if key not in used]
+    if unused:
+        line += f"; left out: {first_few(unused)}"
+    return line
+
+
+def read_weights(path):
+    """The dict in a file of weights. Ends the program with one line if there is none."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"--weights {str(path)!r} does not exist")
+    except Exception as error:  # torch.load raises half a dozen kinds of them
+        fail(
+            f"--weights {str(path)!r} cannot be read ({type(error).__name__}): "
+            "it must be a state_dict, written by torch.save"
+        )
+    if not isinstance(saved, dict):
+        fail(f"--weights {str(path)!r} holds no dict: it must be a state_dict, by torch.save")
+    return saved
+
+
+def find_weights(saved, names):
+    """Where most of the tensors `names` are in a loaded file.
+
+    A place is the file's dict itself or a dict in it, and a prefix that stands there before each of
+    the names. Of places with as many the largest dict is taken, then the first. Returns (the key of
+    the dict or "", its tensors by their keys, the prefix).
+    """
+    places = {"": saved}
+    for key, value in saved.items():
+        if isinstance(value, dict):
+            places[key] = value
+    best = "", {}, ""
+    most = 0, 0
+    for place, entries in places.items():
+        tensors = {}
+        for key, value in entries.items():
+            if isinstance(key, str) and isinstance(value, torch.Tensor):
+                tensors[key] = value
+        for prefix in possible_prefixes(tensors, names):
+            count = sum(prefix + name in tensors for name in names)
+            if (count, len(tensors)) > most:
+                most = count, len(tensors)
+                best = place, tensors, prefix
+    return best
+
+
+def possible_prefixes(keys, names):
+    """No prefix, and whatever stands before one of the names in one of the keys."""
+    prefixes = {"": True}  # a dict, because it keeps the order
+    for key in keys:
+        for name in names:
+            if key.endswith("." + name):
+                prefixes[key.removesuffix(name)] = True
+    return list(prefixes)
+
+
+def first_few(names):
+    """Up to four names, and how many more there are."""
+    text = ", ".join(names[:4])
+    if len(names) > 4:
+        text += f" and {len(names) - 4} more"
+    return text
+
+
+def advice_on_shapes(name, there, here):
+    """What to do if the first tensor of other shape than the file's is `name`."""
+    stem = name in ("conv1.weight", "conv_proj.weight")  # of the ResNets and of ViT
+    if stem and there[2:] != here[2:]:
+        if there[-1] > here[-1]:
+            return "the file is of a network for large images: --image-size 224"
+        return "the file is of a network for images of up to 64 pixels: --image-size 32"
+    if stem:
+        return f"choose --width {there[0]}"
+    if name == "encoder.pos_embedding":
+        return "choose the --image-size that the file is of"
+    return "choose the --backbone and --width that the file is of"
+
+
 # --- collapse metrics
+
+# Those of arrays take numpy's and torch's.
 
 
 def center_norm(z):
@@ -914,17 +1425,25 @@ def center_norm(z):
     1 is representation collapse. ("The Common Stability Mechanism ...", Section 2, calls this mean
     the center vector.)
     """
-    directions = F.normalize(z.detach().double(), dim=1)
+    z = torch.as_tensor(z).detach().double()
+    directions = F.normalize(z, dim=1)
     center = directions.mean(0)
     return center.norm().item()
 
 
 def centered(z):
     """z (n, d) minus its mean, float64. A dimension constant up to float32's rounding becomes 0."""
-    z = z.detach().double()
+    z = torch.as_tensor(z).detach().double()
     offset = z - z.mean(0)
     varies = offset.abs().amax(0) > 1e-6 * z.abs().max()
     return offset * varies
+
+
+def variance_share(z):
+    """The variance of z (n, d) over its mean squared norm, in [0, 1]. It is 0 for a constant z."""
+    variance = centered(z).square().sum()
+    square = torch.as_tensor(z).detach().double().square().sum()
+    return (variance / square).item() if variance > 0 else 0.0
 
 
 def covariance_spectrum(z):
@@ -934,13 +1453,22 @@ def covariance_spectrum(z):
     """
     z = centered(z)
     n, d = z.shape
-    if n < d:
+    count = max(1, min(n - 1, d))
+    # Rows and dimensions that are all 0 only add eigenvalues 0. Some versions of CUDA fail on
+    # matrices with many zeros, which is what a collapse leaves.
+    rows = z.any(1)
+    dimensions = z.any(0)
+    if not (rows.all() and dimensions.all()):
+        z = z[rows][:, dimensions]
+    if z.numel() == 0:
+        return z.new_zeros(count)
+    if len(z) < z.shape[1]:
         products = z @ z.T  # the smaller one of two matrices with the same eigenvalues but for 0
     else:
         products = z.T @ z
     eigenvalues = torch.linalg.eigvalsh(products / n)
-    largest_first = eigenvalues.clamp_min(0).flip(0)
-    return largest_first[: max(1, min(n - 1, d))]
+    largest_first = eigenvalues.clamp_min(0).flip(0)[:count]
+    return F.pad(largest_first, (0, count - len(largest_first)))
 
 
 def effective_rank(z):
@@ -973,12 +1501,31 @@ def average_correlation(z):
     return off_diagonal.item() / max(1, d * (d - 1))
 
 
-def knn_accuracy(bank, bank_labels, queries, labels, k=200, temperature=0.1):
+def neighbours(labels):
+    """How many neighbours vote in kNN, by the labels (n,) of the bank: 200, the field's number, but
+    never more than its smallest class holds.
+
+    With more neighbours than that, images of other classes are among them, however good the
+    features are. Of 120, 12 and 12 images 200 neighbours are all, and the large class wins.
+    """
+    counts = torch.bincount(torch.as_tensor(labels).cpu())
+    smallest = counts[counts > 0].min().item()
+    return min(200, smallest)
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=None, temperature=0.1):
     """Accuracy of weighted k-nearest-neighbour classification of `queries` by `bank`, in [0, 1].
 
     queries (m, d), bank (n, d), labels integers (m,), bank_labels (n,). Each of the k neighbours by
-    cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018).
+    cosine similarity votes with weight exp(similarity / temperature) (Wu et al., 2018). `k` None
+    means `neighbours(bank_labels)`.
     """
+    bank = torch.as_tensor(bank)
+    bank_labels = torch.as_tensor(bank_labels).long()
+    queries = torch.as_tensor(queries)
+    labels = torch.as_tensor(labels)
+    if k is None:
+        k = neighbours(bank_labels)
     classes = int(bank_labels.max()) + 1
     right = 0
     for query, truth in zip(queries.split(1024), labels.split(1024), strict=True):
@@ -1018,6 +1565,179 @@ def normalised_entropy(scores):
     return entropy / math.log(scores.shape[1])
 
 
+def cluster_gap(z, queries=1000):
+    """How much embeddings z (n, d) vary within clusters, from 0 (not at all) to 1. It needs no
+    assignments.
+
+    For a point with distances r_1 <= r_2 <= ... to the others it is min_k r_k / r_{k+1}, the
+    largest jump, over the nearest nine tenths. The result is the median over up to `queries`
+    points. Points without clusters have 0.36 in one dimension, where the ratios are U^(1/k) of
+    uniform U, and more in more dimensions. Clusters with points 20 times closer to one another than
+    to the rest have 0.05.
+    """
+    z = torch.as_tensor(z).detach().double()
+    some = evenly_spaced(z, queries)
+    distance = torch.cdist(z[some], z)
+    # The distance of a point to itself is sorted to the front, and left out with the farthest.
+    distance[torch.arange(len(some), device=z.device), some] = -1
+    end = max(3, int(0.9 * len(z)))
+    distance = distance.sort(1).values[:, 1:end]
+    nearer = distance[:, :-1]
+    farther = distance[:, 1:]
+    ratio = torch.where(farther > 0, nearer / farther, 1)
+    # Where even the last distance is 0, the points do not vary at all.
+    ratio[distance[:, -1] == 0] = 0
+    return ratio.amin(1).median().item()
+
+
+def finding(number, threshold, implied=False, low="collapsed"):
+    """A mode's entry in the diagnosis. `low` is the verdict on a number below the threshold."""
+    if implied:
+        verdict = "implied"
+    elif number is None:
+        verdict = "no codes"
+    elif number < threshold:
+        verdict = low
+    else:
+        verdict = "ok"
+    return {"number": number, "threshold": threshold, "verdict": verdict}
+
+
+def diagnose(
+    z, codes=None, clusters=None, inputs=None, entropy=None, measured=None, array="embedding"
+):
+    """Which of the four collapses of "Collapse-Proof ..." (Figure 1) the embeddings z (n, d)
+    suffer, and whether their assignments have left the uniform start.
+
+    `codes` (n,) are the assigned codes or prototypes, of `clusters` in all. `entropy` (n,) is the
+    entropy of each assignment over log(clusters). `inputs` is how many numbers an image (or a
+    point) has. All arrays may be numpy's or torch's. `measured` is (center norm, effective rank) of
+    z where they are known already. `array` says what z is: "embedding", or "features" of a
+    backbone. Returns {mode: {"number", "threshold", "verdict"}}. Each number is in [0, 1]. Below
+    its threshold the mode has collapsed:
+
+    representation  of embeddings: 1 - center_norm², the variance of the directions. 0.2 means a
+                    center vector of length 0.89. Of features: `variance_share`, below 0.1.
+    dimensional     log(effective rank) / log(dimensions). At 0.5 the effective rank is the root of
+                    the dimensions.
+    cluster         log(effective codes) / log(clusters). The number of effective codes is exp of
+                    the entropy of their use.
+    intracluster    `cluster_gap`. At 0.05 most points are 20 times closer to their own cluster than
+                    to the next.
+    assignment      1 - mean entropy. Below 0.02 each image is assigned to all codes alike, and the
+                    verdict is "still uniform".
+
+    Dimensions count up to n - 1, clusters up to n. No higher rank than `inputs` is asked for,
+    because embeddings of points in a plane that span a plane have lost nothing. Where all
+    embeddings are one vector, the other collapses are "implied". Without codes, cluster and
+    assignment are undefined: verdict "no codes", number None. Raises ValueError for fewer than four
+    embeddings.
+
+    Features have a rule of their own, because those after a ReLU are all positive, and so their
+    directions are close to one another while nothing is wrong. On shapes (ResNet-18, width 16) the
+    directions of living features vary by 0.22 to 0.27, which is too close to 0.2. Their variance
+    share is 0.25 untrained and 0.30 to 0.56 trained, and 0.03 after SimCLR without negatives. It is
+    0.01 to 0.03, too, for an untrained torchvision ResNet-18 in eval mode, whose batch norms have
+    not seen any data.
+    """
+    z = torch.as_tensor(z)
+    n, d = z.shape
+    if n < 4:
+        raise ValueError(f"a diagnosis needs at least 4 embeddings, not {n}")
+    if measured is None:
+        measured = center_norm(z), effective_rank(z)
+    norm, rank = measured
+    constant = rank == 0
+
+    if array == "features":
+        number = variance_share(z)
+        threshold = 0.1
+    else:
+        number = 0.0 if constant else 1 - norm**2
+        threshold = 0.2
+    representation = finding(number, threshold)
+    one_vector = representation["verdict"] == "collapsed"
+
+    dimensions = min(n - 1, d)
+    if inputs:
+        # Collapse is a rank below the root of the dimensions, so no rank above `inputs` is needed.
+        dimensions = min(dimensions, inputs**2)
+    number = math.log(max(1, rank)) / math.log(max(2, dimensions))
+    dimensional = finding(min(1.0, number), 0.5, implied=one_vector)
+
+    number = None
+    if codes is not None:
+        use = torch.bincount(torch.as_tensor(codes).cpu()).double() / n
+        entropy_of_use = torch.special.entr(use).sum().item()
+        number = entropy_of_use / math.log(max(2, min(n, clusters)))
+    cluster = finding(number, 0.5, implied=one_vector)
+
+    number = 0.0 if constant else cluster_gap(z)
+    intracluster = finding(number, 0.05, implied=one_vector)
+
+    number = None
+    if entropy is not None:
+        number = 1 - torch.as_tensor(entropy).mean().item()
+    assignment = finding(number, 0.02, low="still uniform")
+
+    return {
+        "representation": representation,
+        "dimensional": dimensional,
+        "cluster": cluster,
+        "intracluster": intracluster,
+        "assignment": assignment,
+    }
+
+
+# What the numbers of `diagnose` say, in words.
+FINDINGS = {
+    "representation": "the embeddings' directions vary by {}",
+    "dimensional": "log(effective rank) is {} of log(dimensions)",
+    "cluster": "log(effective codes) is {} of log(codes)",
+    "intracluster": "the embeddings within a cluster vary by {}",
+    "assignment": "the assignments are {} from uniform",
+}
+FINDINGS_OF_FEATURES = {
+    "representation": "the features' variance is {} of their mean square",
+    "intracluster": "the features within a cluster vary by {}",
+}
+
+
+def describe(report, array="embedding"):
+    """What a report of `diagnose` on this array says, as one line.
+
+    It is "no collapse" or, for example, "representation collapse: the embeddings' directions vary
+    by 0.09, below 0.2". Of several collapses it names all. What stands before the colon depends on
+    the verdicts alone, not on the numbers, and begins with "no collapse" if there is none.
+    Assignments that are still uniform are no collapse, and are named, too.
+    """
+    collapsed = [mode for mode, entry in report.items() if entry["verdict"] == "collapsed"]
+    found = list(collapsed)
+    if collapsed:
+        line = f"{', '.join(collapsed)} collapse"
+    else:
+        line = "no collapse"
+    if report["assignment"]["verdict"] == "still uniform":
+        line += ", and the assignments are still uniform"
+        found.append("assignment")
+    reasons = []
+    for mode in found:
+        number = f"{report[mode]['number']:.2g}"
+        threshold = report[mode]["threshold"]
+        words = FINDINGS[mode]
+        if array == "features":
+            words = FINDINGS_OF_FEATURES.get(mode, words)
+        reasons.append(f"{words.format(number)}, below {threshold:g}")
+    if reasons:
+        line += f": {'; '.join(reasons)}"
+    return line
+
+
+def names_collapse(verdict):
+    """Whether a line of `describe` names a collapse."""
+    return not verdict.startswith("no collapse")
+
+
 @torch.no_grad()
 def extract(model, images, data, embeddings=True, batch_size=500):
     """What a network makes of images without augmentation, in eval mode and float32.
@@ -1048,10 +1768,16 @@ def extract(model, images, data, embeddings=True, batch_size=500):
     return out
 
 
+@torch.no_grad()
+def count_codes(model, z):
+    """How many codes or prototypes a model with scores has. z is any of its embeddings (n, d)."""
+    return model.scores(z[:1]).shape[1]
+
+
 def assign_codes(model, z):
     """The code with the largest score for each embedding z (n, d), and `normalised_entropy`."""
     # With many codes a few rows at a time: no matrix of scores has more than 16 million entries.
-    c = model.scores(z[:1]).shape[1]
+    c = count_codes(model, z)
     temperature = getattr(model, "temperature", 1)
     codes = []
     entropies = []
@@ -1073,32 +1799,121 @@ def collapse_metrics(model, data):
     """The metrics shown while training, of up to 1000 training images without augmentation.
 
     A dict of numbers: center_norm, effective_rank, correlation, and with codes used_codes and
-    assignment_entropy. They cost less than 2 % of an epoch.
+    assignment_entropy. "verdict" is what `describe` says of their diagnosis, and is missing for
+    fewer than four images. All cost less than 2 % of an epoch.
     """
     count = min(1000, max(150, len(data.images) // 20))
     some = evenly_spaced(data.images, count)
-    out = extract(model, data.images[some], data)
+    with without_initial_statistics(model):
+        out = extract(model, data.images[some], data)
     z = out["embedding"]
     if not z.isfinite().all():
         return {"center_norm": math.nan}  # stops the run; eigenvalues of NaN would raise an error
+    norm = center_norm(z)
+    rank = effective_rank(z)
     metrics = {
-        "center_norm": center_norm(z),
-        "effective_rank": effective_rank(z),
+        "center_norm": norm,
+        "effective_rank": rank,
         "correlation": average_correlation(z),
     }
-    if "codes" in out:
-        metrics["used_codes"] = len(torch.unique(out["codes"]))  # few of many: cluster collapse
-        metrics["assignment_entropy"] = out["entropy"].mean().item()
+    codes = out.get("codes")
+    entropy = out.get("entropy")
+    clusters = None
+    if codes is not None:
+        clusters = count_codes(model, z[:1].to(data.mean.device))
+        metrics["used_codes"] = len(torch.unique(codes))  # few of many: cluster collapse
+        metrics["assignment_entropy"] = entropy.mean().item()
+    if len(z) >= 4:
+        inputs = data.images[0].numel()
+        report = diagnose(z, codes, clusters, inputs, entropy, measured=(norm, rank))
+        metrics["verdict"] = describe(report)
     return metrics
 
 
 def knn_monitor(model, data):
-    """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images."""
+    """kNN accuracy of up to 2000 test images in a bank of up to 5000 training images.
+
+    It is None if the data have no labels.
+    """
+    if data.labels is None:
+        return None
     some = evenly_spaced(data.images, 5000)
     some_tests = evenly_spaced(data.test_images, 2000)
     bank = extract(model, data.images[some], data, embeddings=False)["features"]
     queries = extract(model, data.test_images[some_tests], data, embeddings=False)["features"]
     return knn_accuracy(bank, data.labels[some], queries, data.test_labels[some_tests])
+
+
+def batch_norms(model):
+    """The batch norms of a model that keep a running mean."""
+    norms = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            norms.append(module)
+    return norms
+
+
+@torch.no_grad()
+def with_data_statistics(model, data, args, views):
+    """A copy of the model in eval mode, whose new batch norms have the statistics of the data.
+
+    A new batch norm has mean 0 and variance 1. With those, all embeddings of an untrained network
+    look like one point. In the copy it has the mean of the statistics of the first batches that
+    training sees: both augmented views, `views` as in `two_views`, of about 500 images. A batch
+    norm that has other statistics, as those of `--weights`, keeps them. The model itself and all
+    random streams stay as they are. Under torchrun all processes call this, because batch norms use
+    the batch of all of them.
+    """
+    measured = copy.deepcopy(model).eval()
+    new_norms = False
+    for norm in batch_norms(measured):
+        if has_new_statistics(norm):
+            norm.reset_running_stats()
+            norm.momentum = None  # all batches count alike
+            norm.train()
+            new_norms = True
+
+    args = copy.copy(args)
+    args.batch_size = min(args.batch_size, len(data.images))
+    if not new_norms or args.batch_size < 2:
+        return measured
+    count = math.ceil(500 / args.batch_size)
+    for batch in itertools.islice(two_views(data, args, views, epoch=0), count):
+        for x in batch:
+            measured(x)
+    return measured.eval()
+
+
+@contextmanager
+def without_initial_statistics(model):
+    """Within it, the batch norms of a model that has seen few batches lack what they began with.
+
+    A running mean of the statistics of n batches, with momentum m, keeps (1 - m)^n of the mean 0
+    and the variance 1 at its start. In the first steps of a run that makes all embeddings look like
+    one point. Here it is taken out, as Adam does it with its averages. A model without new batches,
+    or with hundreds of them, stays as it is.
+    """
+    before = []
+    for norm in batch_norms(model):
+        if norm.momentum is None:
+            continue
+        rest = (1 - norm.momentum) ** int(norm.num_batches_tracked)
+        if 1e-3 < rest < 1:
+            mean, var = norm.running_mean, norm.running_var
+            before.append((mean, mean.clone(), var, var.clone()))
+            mean.div_(1 - rest)
+            var.sub_(rest).div_(1 - rest).clamp_min_(0)
+    try:
+        yield
+    finally:
+        for mean, old_mean, var, old_var in before:
+            mean.copy_(old_mean)
+            var.copy_(old_var)
+
+
+def has_new_statistics(norm):
+    """Whether a batch norm has the mean 0 and the variance 1 that it is made with."""
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 # --- processes
@@ -1288,7 +2103,24 @@ def add_shared_flags(parser):
     parser.add_argument(
         "--data-dir",
         default="data",
-        help="where images are or will be; a folder has train/<class>/*, val/<class>/*",
+        help="where images are or will be; a folder of yours has them at any depth, or in train/ "
+        "and in val/ or test/; without these a tenth is held out",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=["auto", "folders", "none"],
+        default="auto",
+        help="of --dataset folder. folders: the first folder's name is the class; auto: so if all "
+        "images lie in <class>/*, else none",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        help="where decoded images are kept, for data that is read-only [<data-dir>/.cache-<size>]",
+    )
+    parser.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="go on without images that cannot be read",
     )
     parser.add_argument("--image-size", type=bounded_int(8), default=32, help="side in pixels")
     parser.add_argument(
@@ -1301,6 +2133,12 @@ def add_shared_flags(parser):
         "--width",
         type=bounded_int(1),
         help="of the first stage [resnet8: 128, ResNets: 64, vit_small: 384, mlp: 64]",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start the backbone from these: a state_dict of torchvision or a last.pt, or any file "
+        "whose names fit after one prefix",
     )
     parser.add_argument(
         "--projector-dim", type=bounded_int(4), default=2048, help="width of the projector"
@@ -1371,7 +2209,24 @@ def add_shared_flags(parser):
         help="epochs between measurements of kNN accuracy",
     )
     parser.add_argument(
-        "--save-every", type=bounded_int(1), default=1, help="epochs between checkpoints"
+        "--save-every",
+        type=bounded_int(1),
+        default=1,
+        help="epochs between checkpoints; each overwrites last.pt",
+    )
+    parser.add_argument(
+        "--keep-every",
+        type=bounded_int(0),
+        default=0,
+        help="epochs between checkpoints that stay, as epoch-0050.pt; 0: none",
+    )
+    parser.add_argument(
+        "--stop-on-collapse",
+        type=bounded_int(0),
+        default=0,
+        metavar="N",
+        help="stop with exit status 3 after N epochs in a row with a collapse; 0: never. Some "
+        "methods pass through one in their first epochs",
     )
     parser.add_argument("--out", help="run folder [runs/<method>-<dataset>-seed<seed>]")
     parser.add_argument(
@@ -1379,6 +2234,30 @@ def add_shared_flags(parser):
         action="store_true",
         help="go on from the run folder's checkpoint, if there is one",
     )
+
+
+def make_parser(add_flags, defaults, dataset=None, paper=False, doc=None):
+    """A parser of all flags of a script, with the defaults that `parse_args` describes.
+
+    `add_flags`, `defaults` and `doc` are the script's, as in `parse_args`.
+    """
+    parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
+    own = parser.add_argument_group("flags of this method")
+    shared = parser.add_argument_group("flags of all methods")
+    add_shared_flags(shared)
+    add_flags(own)
+    if "paper" in defaults:
+        own.add_argument(
+            "--paper",
+            action="store_true",
+            help="the paper's settings, for flags that are not given",
+        )
+    dataset = dataset or parser.get_default("dataset")
+    parser.set_defaults(**DATASET_DEFAULTS.get(dataset, {}))
+    parser.set_defaults(**defaults.get(dataset, {}))
+    if paper:
+        parser.set_defaults(**defaults.get("paper", {}))
+    return parser
 
 
 def parse_args(file, doc, add_flags, defaults):
@@ -1394,33 +2273,28 @@ def parse_args(file, doc, add_flags, defaults):
     5. with --paper, the paper's settings: DEFAULTS["paper"];
     6. the command line.
 
-    The flag --paper is there only if the script has DEFAULTS["paper"]. The program ends with one
-    line if a flag is unknown, out of bounds, or does not go with the others.
+    The flag --paper is there only if the script has DEFAULTS["paper"]. `defaults` of the result,
+    which is no flag, holds what the flags would be without step 6. The program ends with one line
+    if a flag is unknown, out of bounds, or does not go with the others.
     """
-    parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
-    own = parser.add_argument_group("flags of this method")
-    shared = parser.add_argument_group("flags of all methods")
-    add_shared_flags(shared)
-    add_flags(own)
-    if "paper" in defaults:
-        own.add_argument(
-            "--paper",
-            action="store_true",
-            help="the paper's settings, for flags that are not given",
-        )
-
     # Two flags are read first, because they change the defaults, which --help then shows.
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=parser.get_default("dataset"))
+    first.add_argument("--dataset")
     first.add_argument("--paper", action="store_true")
     known, _ = first.parse_known_args()
-    parser.set_defaults(**DATASET_DEFAULTS.get(known.dataset, {}))
-    parser.set_defaults(**defaults.get(known.dataset, {}))
-    if known.paper:
-        parser.set_defaults(**defaults.get("paper", {}))
+    parser = make_parser(add_flags, defaults, known.dataset, known.paper, doc)
     args = parser.parse_args()
+    args.defaults = vars(parser.parse_args([]))
 
     args.method = Path(file).stem
+    given = {word.split("=")[0] for word in sys.argv[1:]}
+    if "--data-dir" in given and "--dataset" not in given and holds_images(args.data_dir):
+        fail(
+            f"{args.data_dir!r} holds images: add --dataset folder to train on them, "
+            f"or --dataset {args.dataset}, which is the default, to download it there"
+        )
+    if args.labels != "auto" and args.dataset != "folder":
+        fail(f"--labels {args.labels} is for --dataset folder")
     recipe = parser.get_default("optimizer")
     lr_is_given = any(word.split("=")[0] == "--lr" for word in sys.argv)
     if args.optimizer != recipe and not lr_is_given:
@@ -1439,6 +2313,43 @@ def parse_args(file, doc, add_flags, defaults):
         fail(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     args.out = args.out or f"runs/{args.method}-{args.dataset}-seed{args.seed}"
     return args
+
+
+def flags_of(args):
+    """The flags that `parse_args` gave, and `method`, as a dict for the checkpoint."""
+    return {name: value for name, value in vars(args).items() if name != "defaults"}
+
+
+def complete_args(state, defaults):
+    """The flags of a checkpoint, made those of today's script: a dict {name: value}.
+
+    `defaults` are those of all flags of the script. A flag that the checkpoint lacks has its
+    default, and one that the script no longer has is left out. Each is said in one line on stderr.
+    """
+    saved = state["args"]
+    lacking = {name: value for name, value in defaults.items() if name not in saved}
+    unknown = [name for name in saved if name not in defaults and name != "method"]
+    complete = {name: value for name, value in saved.items() if name not in unknown}
+    complete |= lacking
+    which = f"the checkpoint of {state['method']} at epoch {state['epoch']}"
+    if lacking:
+        flags = ", ".join(f"{flag_of(name)} {value}" for name, value in lacking.items())
+        tell(f"{which} lacks flags of today, which have their defaults: {flags}")
+    if unknown:
+        flags = ", ".join(flag_of(name) for name in unknown)
+        tell(f"{which} has flags that are no more, which are ignored: {flags}")
+    return complete
+
+
+def flag_of(name):
+    """A flag as it is typed, from its name in `args`."""
+    return f"--{name}".replace("_", "-")
+
+
+def tell(line):
+    """Prints a line on stderr, by one of the processes."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 # --- the run
@@ -1578,7 +2489,9 @@ def atomic_write(path, write):
 def load_checkpoint(path):
     """The checkpoint at `path`, a file or a run folder, on the CPU.
 
-    Ends the program with one line if there is none, or if it is damaged or something else.
+    What older ones lack is None: the pixels' "mean" and "std", the image "size", the data's
+    "fingerprint", and how many "images" it has. Ends the program with one line if there is none, or
+    if it is damaged or something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -1596,9 +2509,13 @@ def load_checkpoint(path):
         "model": dict,
         "backbone": dict,
     }
+    about_data = {"mean": list, "std": list, "size": int, "fingerprint": str, "images": int}
     try:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, kind in about_data.items():
+            if state.setdefault(name, None) is not None:
+                kinds[name] = kind
         wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # torch.load raises half a dozen kinds of them on damaged files
         why = type(error).__name__
@@ -1611,6 +2528,14 @@ def load_checkpoint(path):
     return state
 
 
+def first_reason(error):
+    """The line of an error's text that says what is wrong."""
+    lines = str(error).splitlines()
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):  # by load_state_dict
+        return lines[1].strip()
+    return lines[0] if lines else ""
+
+
 def check_archive(path):
     """Raises an error if a zip file is damaged in a way that torch.load does not look at."""
     with zipfile.ZipFile(path) as archive:
@@ -1621,13 +2546,19 @@ def check_archive(path):
                 raise ValueError("an entry is marked as a folder, of which torch reads nothing")
 
 
-def open_run(args, model, optimizer, data):
+def open_run(args, model, optimizer, data, views):
     """Begins a run in the folder `args.out`, or goes on with the one there, and returns it.
 
-    Ends the program with one line if the folder cannot be written to, if another process trains
-    there, or if it holds a run that cannot or should not be continued.
+    Prints what was understood. `views` are the script's, as in `two_views`. Ends the program with
+    one line if the folder cannot be written to, if another process trains there, or if it holds a
+    run that cannot or should not be continued.
     """
     run = Run(args, model, optimizer, data)
+    first_lines = [*data.summary, describe_network(args, model, data.mean.device)]
+    if not run.checkpoint.exists():  # else the checkpoint wins
+        run.check_batch_size()
+        if args.weights:
+            first_lines.append(load_weights(model, args))
     if rank() == 0:
         run.lock()
     if run.checkpoint.exists():
@@ -1637,13 +2568,45 @@ def open_run(args, model, optimizer, data):
                 "add --resume to continue it, or choose another --out"
             )
         run.load()
+    if rank() == 0:
+        print("\n".join(first_lines))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
+    if not run.lines:
+        untrained = with_data_statistics(model, data, args, views)
+        if rank() == 0:
+            run.measure_untrained(untrained)
     if rank() == 0:
         run.begin_log()
     hide_bar = None if rank() == 0 else True  # None hides it where there is no terminal
     run.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=hide_bar)
     return run
+
+
+def describe_network(args, model, device):
+    """A line on the network and on what it runs on."""
+    name = args.backbone
+    if args.width:
+        name += f", width {args.width}"
+    where = device.type
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    if world_size() > 1:
+        where = f"{world_size()} x {where}"
+    backbone = count_parameters(model.backbone)
+    head = count_parameters(model.head)
+    return (
+        f"{name}: {backbone} parameters in the backbone, {head} in the head; "
+        f"{where}, {args.precision}"
+    )
+
+
+def count_parameters(module):
+    """How many parameters a module has, as text, in millions from 0.1 million on."""
+    count = sum(p.numel() for p in module.parameters())
+    if count < 100_000:
+        return str(count)
+    return f"{count / 1e6:.2f} M"
 
 
 class Run:
@@ -1653,15 +2616,17 @@ class Run:
     pass of the training loop. Until then it is the number of steps before this one, and so `lr`,
     `cosine` and the scripts read it.
 
-    The folder holds log.jsonl (first line: command, flags, versions, device; then one line for each
-    epoch) and last.pt, the checkpoint. Ctrl-C and SIGTERM save after the step in progress and exit.
-    Without --resume a folder that holds a run is refused.
+    The folder holds run.json (command, flags, versions, device and data), log.jsonl (one line for
+    each epoch, the first for the untrained network, epoch 0) and last.pt, the checkpoint. Ctrl-C
+    and SIGTERM save after the step in progress and exit. Without --resume a folder that holds a run
+    is refused.
     """
 
     # The flags that may differ when a run is continued.
     MAY_CHANGE = {
-        "data_dir", "epochs", "device", "precision", "compile",
-        "eval_every", "save_every", "out", "resume",
+        "data_dir", "labels", "cache_dir", "skip_damaged",
+        "epochs", "device", "precision", "compile",
+        "eval_every", "save_every", "keep_every", "stop_on_collapse", "out", "resume",
     }  # fmt: skip
 
     def __init__(self, args, model, optimizer, data):
@@ -1672,12 +2637,7 @@ class Run:
         self.checkpoint = Path(args.out, "last.pt")
         self.log = Path(args.out, "log.jsonl")
 
-        self.steps_per_epoch = len(data.labels) // args.batch_size
-        if self.steps_per_epoch == 0:
-            fail(
-                f"--batch-size {args.batch_size} is larger than "
-                f"the training set of {len(data.labels)} images"
-            )
+        self.steps_per_epoch = len(data.images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         warmup_epochs = args.warmup_epochs
         if warmup_epochs is None:
@@ -1686,9 +2646,32 @@ class Run:
 
         self.step = 0
         self.sums = {}  # each loss term, summed over the steps of the epoch
-        self.lines = []  # the lines of the log
+        self.lines = []  # the lines of the log, one for each epoch from 0 on
+        self.header = {
+            "argv": sys.argv,
+            "args": flags_of(args),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "torchvision": str(torchvision.__version__),
+                "numpy": str(np.__version__),
+            },
+            "device": data.mean.device.type,
+            "processes": world_size(),
+            "data": data.summary,
+        }
+        if data.mean.is_cuda:
+            self.header["device"] = torch.cuda.get_device_name()
         self.stop_signal = 0  # the number of the signal that has come
         self.bar = None  # the progress bar; `open_run` makes it when `step` is known
+
+    def check_batch_size(self):
+        """Ends the program with one line if the data do not fill a batch."""
+        if self.steps_per_epoch == 0:
+            fail(
+                f"--batch-size {self.args.batch_size} is larger than "
+                f"the training set of {len(self.data.images)} images"
+            )
 
     def cosine(self, start, end, after=0):
         """A number that goes from `start` at step `after` to `end` at the last, on a half cosine.
@@ -1739,7 +2722,8 @@ class Run:
     def end_epoch(self, epoch, metrics):
         """Writes the epoch's line to the log and the screen, and the checkpoint.
 
-        Stops like `end_step`.
+        `metrics` are those of `collapse_metrics`. Stops like `end_step`, and, with
+        --stop-on-collapse, if the last epochs all had a collapse.
         """
         done = epoch + 1
         is_last = done == self.args.epochs
@@ -1750,33 +2734,96 @@ class Run:
         images = (self.step - self.epoch_start_step) * self.args.batch_size
         line["images_per_second"] = images / self.epoch_seconds
         if rank() == 0:
+            knn = None
             if done % self.args.eval_every == 0 or is_last:
-                line["knn"] = knn_monitor(self.model, self.data)
+                knn = knn_monitor(self.model, self.data)
+            if knn is not None:
+                line["knn"] = knn
+            self.print_epoch(line)
             self.lines.append(line)
-            self.write_log()
-            hidden = ("epoch", "lr", "images_per_second")
-            shown = [f"{name} {value:.4g}" for name, value in line.items() if name not in hidden]
-            tqdm.write(f"epoch {done}/{self.args.epochs}  {'  '.join(shown)}")
+            self.append_to_log(line)
         self.sums = {}
-        if done % self.args.save_every == 0 or is_last:
+        collapsed = self.collapsed_for_long()
+        if done % self.args.save_every == 0 or is_last or collapsed:
             self.save()
+        if self.args.keep_every and done % self.args.keep_every == 0:
+            self.save(self.checkpoint.with_name(f"epoch-{done:04d}.pt"))
+        if collapsed:
+            self.leave(
+                3,
+                f"stopped, because the last {self.args.stop_on_collapse} epochs had a collapse; "
+                f"saved {self.checkpoint}; python analyze.py {self.checkpoint.parent} shows it",
+            )
         if not is_last:
             self.stop_if_told(ask=True)
+
+    def print_epoch(self, line):
+        """Prints an epoch's numbers, and its verdict if that is another one than before."""
+        shown = []
+        for name, value in line.items():
+            if name not in ("epoch", "lr", "images_per_second", "verdict"):
+                shown.append(f"{name} {value:.4g}")
+        tqdm.write(f"epoch {line['epoch']}/{self.args.epochs}  {'  '.join(shown)}")
+
+        before = self.lines[-1].get("verdict", "no collapse")
+        if self.lines[-1]["epoch"] == 0:
+            before = "no collapse"  # what an untrained network has is not the method's doing
+        now = line.get("verdict", "no collapse")
+        # Before the colon stand the modes of collapse, after it their numbers.
+        if now.split(":")[0] == before.split(":")[0]:
+            return
+        if now == "no collapse" and names_collapse(before):
+            now = "no collapse any more"
+        elif now == "no collapse":
+            now = "the assignments are not uniform any more"
+        tqdm.write(f"epoch {line['epoch']}: {now}")
+
+    def collapsed_for_long(self):
+        """Whether the last epochs, as many as --stop-on-collapse, all had a collapse.
+
+        All processes get the answer of the first, which has the log.
+        """
+        limit = self.args.stop_on_collapse
+        if not limit:
+            return False
+        count = 0
+        for line in reversed(self.lines[1:]):  # without the untrained network
+            if not names_collapse(line.get("verdict", "no collapse")):
+                break
+            count += 1
+        collapsed = count >= limit
+        if world_size() > 1:
+            answer = torch.tensor(int(collapsed), device=self.data.mean.device)
+            dist.broadcast(answer, 0)
+            collapsed = answer.item() == 1
+        return collapsed
+
+    def leave(self, status, line):
+        """Ends all processes with this exit status, and prints a line."""
+        self.bar.close()
+        if rank() == 0:
+            print(f"\n{line}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(status)
 
     def finish(self):
         """Prints what the run has come to, and the next command."""
         self.bar.close()
         if rank() == 0:
-            untrained = self.lines[1]  # after the header
+            untrained = self.lines[0]
             trained = self.lines[-1]
             names = ["knn", "center_norm", "effective_rank", "correlation"]
             names += ["used_codes", "assignment_entropy"]
             print()
             for name in names:
-                if name in trained:
+                if name in trained and name in untrained:
                     before, after = untrained[name], trained[name]
                     print(f"{name:<18} {before:<6.3g} untrained, {after:.3g} trained")
+            if "verdict" in trained:
+                print(f"\nverdict: {trained['verdict']}")
             print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
+            print(f"      python analyze.py {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1790,7 +2837,7 @@ class Run:
     def check_finite(self, values):
         """Stops the run if one of the values is infinite or NaN. The last checkpoint stays."""
         for name, value in values.items():
-            if math.isfinite(value):
+            if name == "verdict" or math.isfinite(value):
                 continue
             epoch = (self.step - 1) // self.steps_per_epoch + 1
             message = f"{self.args.method}: {name} is {value} in epoch {epoch}"
@@ -1822,12 +2869,10 @@ class Run:
             return
         self.check_finite(self.means(1))  # before a network that is lost replaces the checkpoint
         self.save()
-        self.bar.close()
-        if rank() == 0:
-            print(f"\nstopped, saved {self.checkpoint}; the same command with --resume goes on")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(128 + number)
+        self.leave(
+            128 + number,
+            f"stopped, saved {self.checkpoint}; the same command with --resume goes on",
+        )
 
     def lock(self):
         """Makes the run folder, and locks it as long as this process lives, however it ends."""
@@ -1847,48 +2892,53 @@ class Run:
         except OSError:
             pass  # a file system without locks
 
+    def measure_untrained(self, model):
+        """The first line of a new log, of the model before training."""
+        line = {"epoch": 0}
+        knn = knn_monitor(model, self.data)
+        if knn is not None:
+            line["knn"] = knn
+        line |= collapse_metrics(model, self.data)
+        self.lines = [line]
+
     def begin_log(self):
-        """Writes the log up to where the run stands.
+        """Writes run.json, if the run is new, and the log up to where the run stands.
 
-        For a new run that is the header and the metrics of the untrained network.
+        So the log never has more than the run has done.
         """
-        if not self.lines:
-            if self.data.mean.is_cuda:
-                device = torch.cuda.get_device_name()
-            else:
-                device = self.data.mean.device.type
-            header = {
-                "argv": sys.argv,
-                "args": vars(self.args),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": str(torch.__version__),
-                    "torchvision": str(torchvision.__version__),
-                    "numpy": str(np.__version__),
-                },
-                "device": device,
-                "processes": world_size(),
-            }
-            untrained = {"epoch": 0, "knn": knn_monitor(self.model, self.data)}
-            untrained |= collapse_metrics(self.model, self.data)
-            self.lines = [header, untrained]
-        self.write_log()
+        about = self.log.with_name("run.json")
+        if self.step == 0 or not about.exists():
+            header = json.dumps(self.header, indent=2) + "\n"
 
-    def write_log(self):
-        """Writes all lines again, so that the log never has more than the run has done."""
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            def write_header(file):
+                file.write(header.encode())
 
-        def write(file):
-            file.write(text.encode())
+            atomic_write(about, write_header)
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
 
-        atomic_write(self.log, write)
+        def write_lines(file):
+            file.write(lines.encode())
 
-    def save(self):
-        """Writes the checkpoint: tensors, numbers and strings only."""
+        atomic_write(self.log, write_lines)
+
+    def append_to_log(self, line):
+        """Adds an epoch's line to the log. If that fails, the log stays as it was."""
+        text = json.dumps(line) + "\n"
+        length = self.log.stat().st_size
+        try:
+            with open(self.log, "ab") as file:
+                file.write(text.encode())
+        except OSError as error:
+            os.truncate(self.log, length)
+            fail(f"cannot write {str(self.log)!r} ({error})")
+
+    def save(self, path=None):
+        """Writes the checkpoint to `path` [last.pt]: tensors, numbers and strings only."""
+        path = path or self.checkpoint
         if rank() == 0:
             state = {
                 "method": self.args.method,
-                "args": vars(self.args),
+                "args": flags_of(self.args),
                 "lines": self.lines,
                 "epoch": self.step // self.steps_per_epoch,
                 "step": self.step,
@@ -1896,12 +2946,17 @@ class Run:
                 "model": self.model.state_dict(),
                 "backbone": self.model.backbone.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "mean": self.data.mean.tolist(),
+                "std": self.data.std.tolist(),
+                "size": self.data.size,
+                "fingerprint": self.data.fingerprint,
+                "images": len(self.data.images),
             }
 
             def write(file):
                 torch.save(state, file)
 
-            atomic_write(self.checkpoint, write)
+            atomic_write(path, write)
         if world_size() > 1:
             # Nobody leaves before the file is written, because torchrun would then end the writer.
             dist.barrier()
@@ -1909,7 +2964,7 @@ class Run:
     def load(self):
         """Brings model, optimizer and step to where the checkpoint stands.
 
-        Refuses a checkpoint of another run.
+        Refuses a checkpoint of another run. Says so if the run becomes longer than it was meant.
         """
         state = load_checkpoint(self.checkpoint)
         if state["method"] != self.args.method:
@@ -1917,14 +2972,16 @@ class Run:
                 f"{self.checkpoint} is a run of {state['method']}, not {self.args.method}: "
                 "choose another --out"
             )
-        for name, now in vars(self.args).items():
-            then = state["args"].get(name)
+        flags = complete_args(state, self.args.defaults)
+        for name, now in flags_of(self.args).items():
+            then = flags.get(name)
             if name not in self.MAY_CHANGE and now != then:
-                flag = f"--{name.replace('_', '-')}"
                 fail(
-                    f"{self.checkpoint} has {flag} {then}, not {now}: "
+                    f"{self.checkpoint} has {flag_of(name)} {then}, not {now}: "
                     "change it or choose another --out"
                 )
+        self.check_data(state)
+        self.check_batch_size()
         if state["step"] > self.total_steps:
             fail(
                 f"{self.checkpoint} has done {state['epoch']} epochs already, "
@@ -1936,7 +2993,39 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
             self.lines = [dict(line) for line in state["lines"]]
+            if "epoch" not in self.lines[0]:  # older runs kept there what is in run.json now
+                self.header = self.lines.pop(0)
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         except Exception as error:  # of any kind, if the file holds other things than `save` writes
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = f"{type(error).__name__}: {first_reason(error)}"
             fail(f"{self.checkpoint} does not fit this model ({why})")
+        if flags["epochs"] < self.args.epochs:
+            self.tell_of_longer_schedule(flags["epochs"])
+
+    def check_data(self, state):
+        """Ends the program with one line if the checkpoint was trained on other images."""
+        now = len(self.data.images)
+        then = state["images"]
+        if state["fingerprint"] in (None, self.data.fingerprint):
+            return
+        if then != now:
+            what = f"{then} images, and there are {now} now"
+        else:
+            what = "other images: the files or their order changed"
+        fail(
+            f"{self.checkpoint} was trained on {what}; bring the data back or choose another --out"
+        )
+
+    def tell_of_longer_schedule(self, epochs):
+        """Says how the schedules jump if a run that was meant for `epochs` is to be longer."""
+        before = self.optimizer.param_groups[0]["lr"]
+        now = self.lr()
+        if now <= before:
+            return
+        line = (
+            f"the run was meant for {epochs} epochs: with --epochs {self.args.epochs} its learning "
+            f"rate goes from {before:.2g} back up to {now:.2g}"
+        )
+        if hasattr(self.model, "teacher"):
+            line += ", and its teacher's momentum falls back"
+        tell(f"{line}; to avoid that, choose the final --epochs from the start")

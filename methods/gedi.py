@@ -178,7 +178,7 @@ def main():
     model = common.to_device(Model(args), device, compile=args.compile)
     data = common.load_data(args, device)
     optimizer = common.build_optimizer(model, args)
-    run = common.open_run(args, model, optimizer, data)
+    run = common.open_run(args, model, optimizer, data, VIEWS)
 
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):

@@ -352,7 +352,7 @@ def first_gradient(method, *flags, change=None):
         found["gradient"] = torch.cat(parts).double()
         raise Stop
 
-    def open_run(args, model, optimizer, data):
+    def open_run(args, model, optimizer, data, views):
         run = common.Run(args, model, optimizer, data)
         run.bar = tqdm(disable=True)
         return run

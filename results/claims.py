@@ -92,12 +92,12 @@ def last_is_best(runs, name):
 
 
 def is_point(run):
-    """All embeddings are one vector, by the threshold of analyze.diagnose."""
+    """All embeddings are one vector, by the threshold of common.diagnose."""
     return 1 - run["center_norm"] ** 2 < 0.2
 
 
 def is_flat(run):
-    """Few dimensions are left, by the threshold of analyze.diagnose."""
+    """Few dimensions are left, by the threshold of common.diagnose."""
     return run["rank"] < run["dimensions"] ** 0.5
 
 

@@ -149,7 +149,11 @@ def add(folders, table):
 def measure(folder, table):
     """The run in `folder`, evaluated, as a dict like those of `load`."""
     with open(folder / "log.jsonl") as file:
-        header, *epochs = [json.loads(line) for line in file]
+        epochs = [json.loads(line) for line in file]
+    if "epoch" in epochs[0]:
+        header = json.loads((folder / "run.json").read_text())
+    else:
+        header = epochs.pop(0)  # of an older run
     args = argparse.Namespace(**header["args"])
 
     flags = flags_of(header["argv"][1:])

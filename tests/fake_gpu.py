@@ -63,9 +63,9 @@ def two_steps(script, *flags, device="cuda", watch, change=nothing, after_step=n
         classes = ["0", "1", "2"]
         return common.Data(images, labels, images, labels, classes, std, std, args.image_size)
 
-    def keep(args, model, optimizer, data):
+    def keep(args, model, optimizer, data, views):
         trained[:] = [model]
-        return open_run(args, model, optimizer, data)
+        return open_run(args, model, optimizer, data, views)
 
     def watched(*args):
         with watch():
@@ -97,6 +97,7 @@ def two_steps(script, *flags, device="cuda", watch, change=nothing, after_step=n
         replace(common, "two_views", watched)
         replace(common, "draw_augmentation", real(common.draw_augmentation))
         replace(common, "knn_monitor", lambda *_: 0.0)
+        replace(common, "with_data_statistics", lambda model, *_: model)
         replace(common, "collapse_metrics", lambda *_: {"center_norm": 0.0})
         replace(common.Run, "means", lambda *_: {})
         replace(common.Run, "end_step", count)

@@ -22,7 +22,6 @@ import torch
 from cases import CASES
 from conftest import METHODS, TINY, tiny
 
-import analyze
 import common
 import evaluate
 
@@ -54,7 +53,8 @@ def train(run, long, tmp_path, monkeypatch):
                 assert result.code == 0, result.err
                 lines.append(json.loads((out / "log.jsonl").read_text().splitlines()[-1]))
                 named.update(diagnosis(out))
-        averages = {name: mean(line[name] for line in lines) for name in lines[0]}
+        numbers = lines[0].keys() - {"verdict"}
+        averages = {name: mean(line[name] for line in lines) for name in numbers}
         return averages | {"named": {mode for mode, n in named.items() if n > len(seeds) / 2}}
 
     return call
@@ -73,7 +73,7 @@ def diagnosis(folder):
     test = common.extract(model, data.test_images, data)
     clusters = evaluate.count_codes(model, test["embedding"])
     inputs = data.test_images[0].numel()
-    report = analyze.diagnose(test["embedding"], test.get("codes"), clusters, inputs)
+    report = common.diagnose(test["embedding"], test.get("codes"), clusters, inputs)
     return {mode for mode, entry in report.items() if entry["verdict"] == "collapsed"}
 
 
@@ -422,5 +422,5 @@ def test_uniform_assignments_of_swav_on_images(run, shapes, epsilon, verdict):
     model, data = read("a")
     test = common.extract(model, data.test_images, data)
     inputs = data.test_images[0].numel()
-    report = analyze.diagnose(test["embedding"], test["codes"], 64, inputs, test["entropy"])
+    report = common.diagnose(test["embedding"], test["codes"], 64, inputs, test["entropy"])
     assert report["assignment"]["verdict"] == verdict

@@ -17,7 +17,7 @@ def losses(run, method, out, *flags):
     result = run(method, *tiny(method), "--epochs", "2", "--out", out, *flags)
     assert result.code == 0, result.err
     return [
-        json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()[2:]
+        json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()[1:]
     ]
 
 

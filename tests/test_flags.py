@@ -58,6 +58,9 @@ SHARED_REFUSED = (
     "--warmup-epochs -1",
     "--warmup-epochs 2",
     "--seed -1",
+    "--labels none",
+    "--cache-dir",
+    "--skip-damaged=1",
     "--device tpu",
     "--precision fp8",
     "--eval-every 0",
@@ -74,11 +77,12 @@ SHARED_REFUSED = (
 ELSEWHERE = {
     *("--out", "--resume", "--eval-every", "--save-every"),
     *("--device", "--data-dir", "--compile"),
+    *("--labels", "--cache-dir", "--skip-damaged"),
 }
 # Choices that need a download or a GPU, or are what the runs here have anyway.
 OTHER_CHOICES = {
     *("cifar10", "cifar100", "svhn", "folder", "imagenet100", "blobs"),
-    *("cuda", "mps", "fp32", "adam", "strong"),
+    *("cuda", "mps", "fp32", "adam", "strong", "folders", "none"),
 }
 
 

@@ -36,7 +36,7 @@ RUNS = {
     "swav": "--epochs 20 --queue 1000 --augment weak",  # a queue, used from epoch 15 on
     "cplearn": "--epochs 8 --c 64",
 }
-FILES = [".lock", "last.pt", "log.jsonl"]  # of a run folder
+FILES = [".lock", "last.pt", "log.jsonl", "run.json"]  # of a run folder
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
 # Imports take seconds, a kill less than one. So this server imports once, and every run is a fork
 # of it.
@@ -90,7 +90,7 @@ def begin_and_reach(method, folder, epoch):
     before = written(log)
     process = begin(method, folder)
     wait(process, lambda: written(log) > before)
-    lines = epoch + 2  # after the header and epoch 0
+    lines = epoch + 1  # after epoch 0
     wait(process, lambda: log.read_bytes().count(b"\n") >= lines)
     return process
 
@@ -114,7 +114,7 @@ def whole(made_once):
 
     def call(method):
         folder = made_once(f"whole-{method}", lambda folder: finish(method, folder)) / "parts"
-        lines = (folder / "log.jsonl").read_text().splitlines()[2:]
+        lines = (folder / "log.jsonl").read_text().splitlines()[1:]
         fastest = max(json.loads(line)["images_per_second"] for line in lines)
         return folder, 5000 / fastest
 
@@ -335,7 +335,7 @@ def test_damaged_logs(run, long, tmp_path, capsys):
     whole = log.read_bytes()
     start = whole.index(b"\n") + 1
     for number in range(1000 if long else 100):
-        if number % 2:  # spares the first line, of which nothing is read
+        if number % 2:  # spares the first line
             log.write_bytes(whole[:start] + damage(whole[start:], number))
         else:
             log.write_bytes(damage(whole, number))

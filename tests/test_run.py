@@ -19,7 +19,7 @@ RUN = [*TINY, *FOUR_EPOCHS]
 
 
 def epoch_lines(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)
     return lines
@@ -38,8 +38,9 @@ def test_run_folder_log_and_checkpoint(method, run, tmp_path):
     result = run(method, *flags)
     assert result.code == 0, result.err
     folder = tmp_path / "runs" / f"{method}-blobs-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", "last.pt", "log.jsonl"]
-    header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    files = [".lock", "last.pt", "log.jsonl", "run.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    header = json.loads((folder / "run.json").read_text())
     assert header["args"]["epochs"] == 4 and header["versions"]["torch"] == torch.__version__
     lines = epoch_lines(folder)
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]
