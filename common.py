@@ -2059,7 +2059,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the docstring as it is written, and each flag's default in brackets."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS:
             return action.help
         return action.help + " [%(default)s]"
 
@@ -2486,6 +2487,15 @@ def atomic_write(path, write):
         fail(f"cannot write {str(path)!r} ({error})")
 
 
+def write_text(path, text):
+    """Writes a text file by `atomic_write`."""
+
+    def write(file):
+        file.write(text.encode())
+
+    atomic_write(path, write)
+
+
 def load_checkpoint(path):
     """The checkpoint at `path`, a file or a run folder, on the CPU.
 
@@ -2822,7 +2832,7 @@ class Run:
                     print(f"{name:<18} {before:<6.3g} untrained, {after:.3g} trained")
             if "verdict" in trained:
                 print(f"\nverdict: {trained['verdict']}")
-            print(f"\nnext: python evaluate.py --init {self.checkpoint.parent}")
+            print(f"\nnext: python evaluate.py --untrained {self.checkpoint.parent}")
             print(f"      python analyze.py {self.checkpoint.parent}")
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -2908,18 +2918,8 @@ class Run:
         """
         about = self.log.with_name("run.json")
         if self.step == 0 or not about.exists():
-            header = json.dumps(self.header, indent=2) + "\n"
-
-            def write_header(file):
-                file.write(header.encode())
-
-            atomic_write(about, write_header)
-        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
-
-        def write_lines(file):
-            file.write(lines.encode())
-
-        atomic_write(self.log, write_lines)
+            write_text(about, json.dumps(self.header, indent=2) + "\n")
+        write_text(self.log, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def append_to_log(self, line):
         """Adds an epoch's line to the log. If that fails, the log stays as it was."""

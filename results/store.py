@@ -167,7 +167,7 @@ def measure(folder, table):
     speeds = [line["images_per_second"] for line in epochs if "images_per_second" in line]
     seconds = args.epochs * images / statistics.median(speeds)
 
-    untrained, trained = json.loads(output_of("evaluate.py", folder, "--init", "--json"))
+    untrained, trained = json.loads(output_of("evaluate.py", folder, "--untrained", "--json"))
     with tempfile.TemporaryDirectory() as report:
         output_of("analyze.py", folder, "--components", "10", "50", "200", "--out", report)
         (analysis,) = json.loads(Path(report, "report.json").read_text()).values()

@@ -81,7 +81,7 @@ def test_report(run, trained, long):
 def test_images_with_untrained_networks_and_fewer_images(run):
     assert run("cplearn", *IMAGES, "--c", "64", "--epochs", "1").code == 0
     path = "runs/cplearn-shapes-seed0/last.pt"
-    result = run("analyze", path, "--init", "--images", "100", "--out", "report", *QUICK)
+    result = run("analyze", path, "--untrained", "--images", "100", "--out", "report", *QUICK)
     assert result.code == 0, result.err
     numbers, arrays, _ = read("report")
     names = ["cplearn-shapes-seed0 (untrained)", "cplearn-shapes-seed0"]

@@ -83,13 +83,13 @@ def trained(run):
 def test_table_and_json(method, run, trained):
     """With the network before training, whose effective rank is in the log, too."""
     folder = trained(method)
-    result = run("evaluate", folder, "--init", "--device", "cpu")
+    result = run("evaluate", folder, "--untrained", "--device", "cpu")
     assert result.code == 0, result.err
     head, *lines = result.out.splitlines()
     figures = "checkpoint epoch linear knn nmi shuffled ami used rank"
     assert head.split() == figures.split() and len(lines) == 2
     assert len({len(line) for line in (head, *lines)}) == 1
-    rows = json.loads(run("evaluate", folder, "--init", "--json", "--device", "cpu").out)
+    rows = json.loads(run("evaluate", folder, "--untrained", "--json", "--device", "cpu").out)
     assert [row["epoch"] for row in rows] == [0, 2]
     # Codes or prototypes where the method has them, never an argmax over the embedding.
     codes = CASES[method].codes
@@ -236,7 +236,7 @@ def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
     for method, own in (("cplearn", ["--c", "16"]), ("vicreg", [])):
         sizes = ["--width", "4", "--projector-dim", "8", "--batch-size", "4", "--epochs", "2"]
         assert run(method, *FOLDER, *sizes, *own).code == 0
-    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0", "--init", "--device", "cpu"]
+    runs = ["runs/cplearn-folder-seed0", "runs/vicreg-folder-seed0", "--untrained", "--device", "cpu"]
     assert run("evaluate", *runs).code == 0
     result = run("evaluate", *runs, "--json", "--save-features", "features")
     rows = json.loads(result.out, parse_constant=no_constant)
@@ -274,7 +274,7 @@ def test_few_images_of_one_class_or_unequal_classes(run, counts, test_counts):
 def test_saved_features_are_those_of_the_network(run, one_run):
     """Against a plain torch.nn network with the checkpoint's backbone, and Eq. 1 for embedding and
     codes."""
-    flags = ["--init", "--json", "--save-features", "new/features", "--device", "cpu"]
+    flags = ["--untrained", "--json", "--save-features", "new/features", "--device", "cpu"]
     before, after = json.loads(run("evaluate", one_run, *flags).out)
     name = "new/features/cplearn-blobs-seed0-cplearn-blobs"
     names = [f"{name}-untrained.npz", f"{name}-trained.npz"]

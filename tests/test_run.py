@@ -51,7 +51,7 @@ def test_run_folder_log_and_checkpoint(method, run, tmp_path):
     assert not any(key.startswith("codes") for key in state["model"])  # the seed gives them again
     for key, value in state["backbone"].items():
         assert torch.equal(value, state["model"][f"backbone.{key}"])
-    next_command = f"next: python evaluate.py --init runs/{method}"
+    next_command = f"next: python evaluate.py --untrained runs/{method}"
     for word in ("knn ", "untrained", "center_norm", next_command):
         assert word in result.out
     # A finished run is not overwritten, and resuming it changes nothing.
