@@ -61,6 +61,10 @@ SHARED_REFUSED = (
     "--labels none",
     "--cache-dir",
     "--skip-damaged=1",
+    "--weights",
+    "--weights nowhere.pt",
+    "--keep-every -1",
+    "--stop-on-collapse -1",
     "--device tpu",
     "--precision fp8",
     "--eval-every 0",
@@ -78,6 +82,7 @@ ELSEWHERE = {
     *("--out", "--resume", "--eval-every", "--save-every"),
     *("--device", "--data-dir", "--compile"),
     *("--labels", "--cache-dir", "--skip-damaged"),
+    *("--keep-every", "--stop-on-collapse", "--weights"),
 }
 # Choices that need a download or a GPU, or are what the runs here have anyway.
 OTHER_CHOICES = {

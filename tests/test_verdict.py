@@ -334,10 +334,12 @@ def test_training_is_the_same_without_the_measurement(run, monkeypatch):
 @pytest.mark.parametrize("method", ["byol", "cplearn"])
 def test_tools_measure_the_untrained_network_like_training(method, run):
     assert run(method, *TINY, "--epochs", 1, "--out", "r").code == 0
-    options = argparse.Namespace(checkpoints=["r"], init=True, dataset=None, data_dir=None)
-    jobs = evaluate.read_checkpoints(options)
+    parser = common.Parser()
+    evaluate.add_checkpoint_flags(parser, "+")
+    options = parser.parse_args(["r", "--untrained"])
+    jobs = evaluate.read_jobs(options)
     model, data = next(iter(evaluate.networks(jobs, options, CPU)))
-    assert not jobs[0][2]
+    assert not jobs[0].trained
     found = common.collapse_metrics(model, data) | {"knn": common.knn_monitor(model, data)}
     for name, value in lines_of("r")[0].items():
         if name not in ("epoch", "verdict"):

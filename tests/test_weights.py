@@ -181,8 +181,10 @@ def test_a_run_starts_from_another_one(run, tmp_path):
         assert torch.equal(state["model"][f"backbone.{name}"], value)
         assert torch.equal(state["model"][f"teacher.0.{name}"], value)
     # As a folder, and measured by the tools as it began.
-    jobs = [("b", state, False)]
-    options = argparse.Namespace(dataset=None, data_dir=None)
+    parser = common.Parser()
+    evaluate.add_checkpoint_flags(parser, "+")
+    options = parser.parse_args(["b", "--untrained"])
+    jobs = evaluate.read_jobs(options)
     model, data = next(iter(evaluate.networks(jobs, options, CPU)))
     assert common.collapse_metrics(model, data)["center_norm"] == pytest.approx(
         lines_of("b")[0]["center_norm"], rel=1e-5
