@@ -401,9 +401,9 @@ def measure(out, data, components, bar, model, code_count, inputs):
 
 
 def has_hadamard(f, c):
-    """Whether c Hadamard codes of f dimensions exist: f is a power of two, and c at most f."""
-    power_of_two = (f & (f - 1)) == 0
-    return power_of_two and c <= f
+    """Whether c Hadamard codes of f dimensions exist: c is a power of two, and f less than c."""
+    power_of_two = (c & (c - 1)) == 0
+    return power_of_two and f < c
 
 
 def pair_shares(codes):
@@ -445,7 +445,10 @@ def measure_codes(f, sizes):
         for kind in ("rademacher", "hadamard"):
             if kind == "hadamard" and not has_hadamard(f, c):
                 continue
-            codes = cplearn.draw_codes(kind, f, c, seed=0).float()
+            codes = cplearn.draw_codes(kind, f, c, 0)
+            if kind == "hadamard":  # row numbers and signs, from which the transform makes W
+                codes = cplearn.hadamard_scores(torch.eye(f), codes, 0, c)
+            codes = codes.float()
             first = codes[:, :128]
             shares = pair_shares(codes)
             mean = (shares * cosines).sum()
@@ -761,7 +764,7 @@ def draw_codes(f, sizes, arrays, corners):
             shares = arrays[f"hadamard_{c}"]
             bottom.bar(cosines, shares, 0.5 / f, color=LINES[1], alpha=0.7, label="Hadamard")
         else:
-            reason = "Hadamard needs f a power\nof two and c at most f"
+            reason = "Hadamard needs c a power\nof two and more than f"
             middle.text(0.5, 0.5, reason, ha="center", va="center")
             middle.axis("off")
 

@@ -42,12 +42,12 @@ import common
 VIEWS = ({"blur": 1.0}, {"blur": 0.1, "solarize": 0.2})
 # This method's own defaults for each data set, and the settings of --paper.
 DEFAULTS = {
-    "shapes": {"c": 1024, "beta": 0.25, "eps": 1e-8, "weight_decay": 1e-4},
-    "blobs": {"c": 64, "beta": 0.5, "eps": 1e-8, "weight_decay": 1e-4},
-    "moons": {"c": 64, "beta": 0.5, "eps": 1e-8, "weight_decay": 1e-4},
+    "shapes": {"c": 1024, "beta": 0.25, "sharpness": 1.15, "weight_decay": 1e-4},
+    "blobs": {"c": 64, "beta": 0.5, "sharpness": 4.6, "weight_decay": 1e-4},
+    "moons": {"c": 64, "beta": 0.5, "sharpness": 4.6, "weight_decay": 1e-4},
     "paper": {
         "beta": 1.0,
-        "eps": 1e-8,
+        "sharpness": 0.407,  # eps = 1e-8
         "batch_size": 64,
         "lr": 2.5e-4,
         "weight_decay": 1e-4,
@@ -66,10 +66,10 @@ def add_flags(parser):
         "--beta", type=common.bounded_float(0), default=0.05, help="weight of invariance"
     )
     parser.add_argument(
-        "--eps",
-        type=common.bounded_float(1e-300, 1e-8),
-        default=1e-32,
-        help="smaller: sharper p; see tau above",
+        "--sharpness",
+        type=common.bounded_float(1e-3, 100),
+        default=1.63,
+        help="standard deviation of the scores over random codes, after division by tau",
     )
     parser.add_argument(
         "--activation",
@@ -86,7 +86,7 @@ def add_flags(parser):
     )
     parser.add_argument(
         "--codes",
-        choices=["rademacher", "hadamard"],
+        choices=["rademacher", "hadamard", "fresh"],
         default="rademacher",
         help="rademacher: random; hadamard: orthogonal, for c up to f",
     )
@@ -98,23 +98,20 @@ def add_flags(parser):
 # --- the method
 
 
-def loss_fn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl"):
-    """The loss of two views' embeddings (n, f), float32, and codes (f, c).
+def loss_fn(s1, s2, *, tau, beta=0.05, prior="reverse-kl"):
+    """The loss of the scores W^T z of two views (n, c), float32.
 
-    With the default activation l2 embeddings have norm sqrt(f). Both views get gradient.
-    Returns scalars `loss`, `invariance` and `prior`.
+    Both views get gradient. Returns scalars `loss`, `invariance` and `prior`.
     """
-    n = len(z1)
-    codes = codes.to(z1)  # from int8
-    log_p1 = (z1 @ codes / tau).log_softmax(1)  # (n, c)
-    log_p2 = (z2 @ codes / tau).log_softmax(1)
+    n, c = s1.shape
+    log_p1 = (s1 / tau).log_softmax(1)  # (n, c)
+    log_p2 = (s2 / tau).log_softmax(1)
     cross_entropy12 = -(log_p1.exp() * log_p2).sum(1)  # (n,)
     cross_entropy21 = -(log_p2.exp() * log_p1).sum(1)
     invariance = (cross_entropy12 + cross_entropy21).mean() / 2
 
     log_mean1 = log_p1.logsumexp(0) - math.log(n)  # (c,), log of mean_i p1_i
     log_mean2 = log_p2.logsumexp(0) - math.log(n)
-    c = codes.shape[1]
     prior1 = prior_of_codes(log_mean1, c, prior).sum()
     prior2 = prior_of_codes(log_mean2, c, prior).sum()
     prior_loss = (prior1 + prior2) / 2
@@ -130,39 +127,48 @@ def prior_of_codes(log_mean, c, prior):
     return -log_mean / c  # CE(u, mean p)
 
 
-def loss_in_blocks(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", block=32768):
+def loss_in_blocks(z1, z2, codes, scores, c, *, tau, beta=0.05, prior="reverse-kl", block=32768):
     """loss_fn for very many codes, with matrices of (2, n, block). Skip it at first reading.
 
-    Checkpointing computes each block of codes a second time for the gradient.
+    `scores(z, codes, first, last)` gives the scores of embeddings z for the codes `first` to
+    `last` - 1. Checkpointing computes each block of codes a second time for the gradient.
     """
     checkpoint = torch.utils.checkpoint.checkpoint
-    c = codes.shape[1]
     z = torch.stack([z1, z2])  # (2, n, f)
+    blocks = []
+    for first in range(0, c, block):
+        last = min(first + block, c)
+        blocks.append((first, last))
+
     log_sums = []
-    for w in codes.split(block, 1):
-        log_sums.append(checkpoint(block_log_sum, z, w, tau, use_reentrant=False))
+    for first, last in blocks:
+        log_sums.append(
+            checkpoint(block_log_sum, z, codes, scores, first, last, tau, use_reentrant=False)
+        )
     log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), log of the softmax's denominator
 
     invariance, prior_loss = 0.0, 0.0
-    for w in codes.split(block, 1):
-        terms = checkpoint(block_terms, z, w, log_sum, tau, c, prior, use_reentrant=False)
+    for first, last in blocks:
+        terms = checkpoint(
+            block_terms, z, codes, scores, first, last, tau, log_sum, c, prior, use_reentrant=False
+        )
         invariance = invariance + terms[0]
         prior_loss = prior_loss + terms[1]
     loss = beta * invariance + prior_loss
     return {"loss": loss, "invariance": invariance, "prior": prior_loss}
 
 
-def block_log_sum(z, w, tau):
-    """log of the sum of exp(scores) over a block of codes w (f, block), for z (2, n, f)."""
-    scores = z @ w.to(z) / tau  # (2, n, block)
-    return scores.logsumexp(2, keepdim=True)
+def block_log_sum(z, codes, scores, first, last, tau):
+    """log of the sum of exp(scores / tau) over a block of codes, for z (2, n, f)."""
+    s = scores(z, codes, first, last)  # (2, n, block)
+    return (s / tau).logsumexp(2, keepdim=True)
 
 
-def block_terms(z, w, log_sum, tau, c, prior):
+def block_terms(z, codes, scores, first, last, tau, log_sum, c, prior):
     """What a block of codes adds to invariance and prior."""
     n = z.shape[1]
-    scores = z @ w.to(z) / tau  # (2, n, block)
-    log_p = scores - log_sum
+    s = scores(z, codes, first, last)  # (2, n, block)
+    log_p = s / tau - log_sum
     other_view = log_p.flip(0)
     cross_entropy = -(log_p.exp() * other_view).sum() / n  # both directions together
     log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
@@ -170,29 +176,65 @@ def block_terms(z, w, log_sum, tau, c, prior):
     return cross_entropy / 2, prior_loss / 2
 
 
-def draw_codes(kind, f, c, seed):
-    """Codes W (f, c) with entries +1 and -1, int8.
+# --- the codes
 
-    rademacher: each entry is random. hadamard: c different columns of Sylvester's orthogonal matrix
-    (f, f), for which f must be a power of two and c at most f.
+
+def draw_codes(kind, f, c, *key):
+    """Codes, drawn from the integers `key`.
+
+    rademacher: W (f, c), int8, each entry +1 or -1 at random. hadamard: W is f different rows of
+    Sylvester's Hadamard matrix of order c, each times +1 or -1, so that W W^T = c I. The first row
+    is not among them, because it adds the same to every score. c must be a power of two, and f
+    less than c. What is returned is not W but row numbers and signs, int64 (2, f).
     """
-    rng = torch.Generator().manual_seed(seed)
+    draw = common.generator(*key)
     if kind == "rademacher":
-        codes = torch.randint(2, (f, c), generator=rng, dtype=torch.int8)
+        codes = torch.randint(2, (f, c), generator=draw, dtype=torch.int8)
         return codes.mul_(2).sub_(1)  # in place, because it may be large
+    rows = 1 + torch.randperm(c - 1, generator=draw)[:f]
+    signs = 1 - 2 * torch.randint(2, (f,), generator=draw)
+    return torch.stack([rows, signs])
 
-    if f.bit_count() != 1 or c > f:
-        common.fail(
-            "--codes hadamard needs a power of two as --projector-dim and --c no larger, "
-            f"not {f} and {c}"
-        )
-    columns = torch.randperm(f, generator=rng)[:c]
-    hadamard = torch.ones(1, 1, dtype=torch.int8)
-    while len(hadamard) < f:  # Sylvester's construction doubles the matrix
-        upper = torch.cat([hadamard, hadamard], 1)
-        lower = torch.cat([hadamard, -hadamard], 1)
-        hadamard = torch.cat([upper, lower])
-    return hadamard[:, columns]
+
+def hadamard_scores(z, codes, first, last):
+    """W^T z (..., last - first) of the codes from `first` on, for z (..., f) and codes of
+    draw_codes("hadamard", ...), by the fast Walsh-Hadamard transform.
+
+    The number of codes, last - first, must be a power of two, and `first` a multiple of it.
+    """
+    rows, signs = codes
+    block = last - first
+    # Entry (i, j) of the matrix is -1 if i & j has an odd number of ones, else 1. For the codes j
+    # of this block, the bits of j above the block's size are those of `first`: they give a sign.
+    signs = signs * (1 - 2 * odd_number_of_ones(rows & first))
+    x = z.new_zeros(*z.shape[:-1], block)
+    x = x.index_add(-1, rows % block, z * signs)
+    # The matrix is the Kronecker product of small ones. Each turn applies one to the lowest bits of
+    # the index, and moves these bits to the top.
+    done = 1
+    while done < block:
+        order = min(128, block // done)
+        x = x.view(*z.shape[:-1], block // order, order) @ hadamard_matrix(order).to(x)
+        x = x.transpose(-1, -2).reshape(*z.shape[:-1], block)
+        done *= order
+    return x
+
+
+def odd_number_of_ones(numbers):
+    """1 where the binary form of a number below 2^32 has an odd number of ones, else 0."""
+    for shift in (16, 8, 4, 2, 1):
+        numbers = numbers ^ (numbers >> shift)
+    return numbers & 1
+
+
+def hadamard_matrix(order):
+    """Sylvester's Hadamard matrix (order, order): it doubles until it is large enough."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        upper = torch.cat([matrix, matrix], 1)
+        lower = torch.cat([matrix, -matrix], 1)
+        matrix = torch.cat([upper, lower])
+    return matrix
 
 
 class Model(nn.Module):
@@ -210,19 +252,31 @@ class Model(nn.Module):
         else:
             self.head.append(nn.Tanh())
 
-        self.temperature = f / math.log(1 / args.eps - args.c + 1)  # tau
+        self.temperature = math.sqrt(f) / args.sharpness  # tau
         if args.activation == "tanh-unscaled":
             self.temperature = self.temperature / math.sqrt(args.batch_size)
-        codes = draw_codes(args.codes, f, args.c, args.seed)
-        self.register_buffer("codes", codes, persistent=False)  # the seed gives them again
+        self.kind = "rademacher" if args.codes == "rademacher" else "hadamard"
+        self.c = args.c
+        if self.kind == "hadamard" and (args.c.bit_count() != 1 or f >= args.c):
+            common.fail(
+                f"--codes {args.codes} needs a power of two as --c, larger than --projector-dim, "
+                f"not {args.c} and {f}"
+            )
+        # They stay in the checkpoint, because the same seed may give others with another torch.
+        self.register_buffer("codes", draw_codes(self.kind, f, args.c, args.seed))
 
     def forward(self, x):
         return self.head(self.backbone(x))
 
-    def scores(self, z):
-        """W^T z (n, c), for the metrics; not divided by tau."""
-        blocks = self.codes.split(32768, 1)
-        return torch.cat([z @ w.to(z) for w in blocks], 1)
+    def scores(self, z, codes=None, first=0, last=None):
+        """W^T z (..., last - first) for the codes `first` to `last` - 1, not divided by tau."""
+        if codes is None:
+            codes = self.codes
+        if last is None:
+            last = self.c
+        if self.kind == "hadamard":
+            return hadamard_scores(z, codes, first, last)
+        return z @ codes[:, first:last].to(z)  # from int8
 
 
 # --- training
@@ -248,13 +302,16 @@ def main():
 
             # The loss is computed over the rows of all processes, in float32.
             z1, z2 = common.gather(z1.float(), z2.float())
+            codes = model.codes
+            if args.codes == "fresh":
+                codes = draw_codes("hadamard", args.projector_dim, args.c, args.seed, run.step + 1)
+                codes = codes.to(device, non_blocking=True)
+            settings = {"tau": model.temperature, "beta": args.beta, "prior": args.prior}
             if len(z1) * args.c <= 2**25:
-                chosen_loss = loss_fn
-            else:
-                chosen_loss = loss_in_blocks  # matrices (n, c) would take over 134 MB each
-            terms = chosen_loss(
-                z1, z2, model.codes, tau=model.temperature, beta=args.beta, prior=args.prior
-            )
+                s1, s2 = model.scores(z1, codes), model.scores(z2, codes)
+                terms = loss_fn(s1, s2, **settings)
+            else:  # matrices (n, c) would take over 134 MB each
+                terms = loss_in_blocks(z1, z2, codes, model.scores, args.c, **settings)
 
             optimizer.zero_grad()
             terms["loss"].backward()

@@ -48,7 +48,6 @@ import evaluate  # noqa: E402
 DEVICE = common.find_device(None)
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
 cplearn = evaluate.load_method("cplearn")
-LOSSES = {"blocks": cplearn.loss_in_blocks, "plain": cplearn.loss_fn}
 
 # --- time
 
@@ -117,10 +116,9 @@ def peak_in_own_process(name, n, f, c):
 
 def loss_peak(name, n, f, c):
     """Bytes above the inputs that one step of CPLearn's loss needs at its peak."""
-    z1, z2, codes, tau = loss_inputs(n, f, c)
-    few_codes = codes[:, :2048].contiguous()
-    loss_and_gradient(name, z1, z2, few_codes, tau)  # what the first call allocates, once
-    return peak_of(lambda: loss_and_gradient(name, z1, z2, codes, tau))
+    loss_and_gradient(name, *loss_inputs(name, n, f, 4096))  # what the first call allocates, once
+    inputs = loss_inputs(name, n, f, c)
+    return peak_of(lambda: loss_and_gradient(name, *inputs))
 
 
 def evaluation_peak(n, d, tests):
@@ -152,20 +150,34 @@ def evaluation_peak(n, d, tests):
 # --- comparisons
 
 
-def loss_inputs(n, f, c):
-    """Embeddings of two views (n, f), codes (f, c) and tau, as CPLearn's loss gets them."""
+def loss_inputs(name, n, f, c):
+    """What CPLearn's loss gets: embeddings of two views (n, f), codes, their number c, and tau.
+
+    `name` is "plain", "blocks" (the same codes a block at a time), "fast" (Hadamard rows, by the
+    fast transform) or "fast blocks".
+    """
     rng = torch.Generator().manual_seed(0)
     views = []
     for _ in range(2):
         z = math.sqrt(f) * nn.functional.normalize(torch.randn(n, f, generator=rng))
         views.append(z.to(DEVICE).requires_grad_())
-    codes = cplearn.draw_codes("rademacher", f, c, 0).to(DEVICE)
-    tau = f / math.log((1 - 1e-8 * (c - 1)) / 1e-8)
-    return *views, codes, tau
+    kind = "hadamard" if "fast" in name else "rademacher"
+    codes = cplearn.draw_codes(kind, f, c, 0).to(DEVICE)
+
+    return *views, codes, c, math.sqrt(f) / 1.63
 
 
-def loss_and_gradient(name, z1, z2, codes, tau):
-    loss = LOSSES[name](z1, z2, codes, tau=tau)["loss"]
+def product(z, codes, first, last):
+    return z @ codes[:, first:last].to(z)
+
+
+def loss_and_gradient(name, z1, z2, codes, c, tau):
+    scores = cplearn.hadamard_scores if "fast" in name else product
+    if "blocks" in name:
+        loss = cplearn.loss_in_blocks(z1, z2, codes, scores, c, tau=tau)["loss"]
+    else:
+        s1, s2 = scores(z1, codes, 0, c), scores(z2, codes, 0, c)
+        loss = cplearn.loss_fn(s1, s2, tau=tau)["loss"]
     return loss.detach(), *torch.autograd.grad(loss, (z1, z2))
 
 
@@ -174,13 +186,13 @@ def compare_losses():
     head = f"{'(n, f, c)':>20}  {'times faster':>12}  {'memory':>24}  {'gradient differs by':>19}"
     print(head)
     for n, f, c in ((64, 512, 16384), (256, 384, 131072)):
-        arguments = loss_inputs(n, f, c)
+        inputs = loss_inputs("plain", n, f, c)
 
-        def blocks(arguments=arguments):
-            return loss_and_gradient("blocks", *arguments)
+        def blocks(inputs=inputs):
+            return loss_and_gradient("blocks", *inputs)
 
-        def plain(arguments=arguments):
-            return loss_and_gradient("plain", *arguments)
+        def plain(inputs=inputs):
+            return loss_and_gradient("plain", *inputs)
 
         errors = []
         for a, b in zip(blocks(), plain(), strict=True):
@@ -192,6 +204,24 @@ def compare_losses():
         memory = f"{blocks_memory:.0f} MiB / {plain_memory:.0f} MiB = 1/{less:.1f}"
         times = plain_time / blocks_time
         print(f"{f'({n}, {f}, {c})':>20}  {times:>12.2f}  {memory:>24}  {max(errors):>19.0e}")
+
+    print("CPLearn's loss and gradient: the fast transform beside the matrix product")
+    print(f"{'(n, f, c)':>20}  {'times faster':>12}  {'memory':>24}")
+    for n, f, c in ((256, 128, 16384), (256, 512, 16384), (256, 2048, 16384)):
+        dense = loss_inputs("plain", n, f, c)
+        fast = loss_inputs("fast", n, f, c)
+
+        def by_product(inputs=dense):
+            return loss_and_gradient("plain", *inputs)
+
+        def by_transform(inputs=fast):
+            return loss_and_gradient("fast", *inputs)
+
+        fast_time, dense_time = rival_times(7, by_transform, by_product)
+        fast_memory = peak_in_own_process("fast", n, f, c) / 2**20
+        dense_memory = peak_in_own_process("plain", n, f, c) / 2**20
+        memory = f"{fast_memory:.0f} MiB / {dense_memory:.0f} MiB"
+        print(f"{f'({n}, {f}, {c})':>20}  {dense_time / fast_time:>12.2f}  {memory:>24}")
 
 
 def compare_augmentation():
@@ -299,31 +329,30 @@ def compare():
 
 
 def codes():
-    """Time and memory of CPLearn's loss and gradient as c grows, in blocks and, while it fits, by
-    the plain formula."""
+    """Time and memory of CPLearn's loss and gradient as c grows, by the product with W and by the
+    fast transform, both as in training: in blocks where (n, c) is large."""
     print(f"CPLearn's loss and gradient of 64 images, {DEVICE}", end="")
     print(f", {torch.get_num_threads()} threads\n")
-    print(f"{'f':>6}{'c':>9}{'plain s':>9}{'blocks s':>10}{'plain MiB':>11}{'blocks MiB':>12}")
+    print(f"{'f':>6}{'c':>9}{'product s':>11}{'fast s':>8}{'product MiB':>13}{'fast MiB':>10}")
     for f in (384, 2048):
         for c in (2**14, 2**16, 2**18, 2**20):
-            arguments = loss_inputs(64, f, c)
+            product_name, fast_name = "plain", "fast"
+            if 64 * c > 2**25:
+                product_name, fast_name = "blocks", "fast blocks"
+            product_inputs = loss_inputs(product_name, 64, f, c)
+            fast_inputs = loss_inputs(fast_name, 64, f, c)
 
-            def blocks(arguments=arguments):
-                loss_and_gradient("blocks", *arguments)
+            def product(name=product_name, inputs=product_inputs):
+                loss_and_gradient(name, *inputs)
 
-            def plain(arguments=arguments):
-                loss_and_gradient("plain", *arguments)
+            def fast(name=fast_name, inputs=fast_inputs):
+                loss_and_gradient(name, *inputs)
 
-            plain_time = plain_memory = "-"
-            if 64 * c <= 2**24:
-                plain_seconds, blocks_seconds = rival_times(1, plain, blocks)
-                plain_time = f"{plain_seconds:.2f}"
-                plain_memory = f"{peak_in_own_process('plain', 64, f, c) / 2**20:.0f}"
-            else:
-                (blocks_seconds,) = rival_times(1, blocks)
-            blocks_memory = f"{peak_in_own_process('blocks', 64, f, c) / 2**20:.0f}"
-            row = f"{f:>6}{c:>9}{plain_time:>9}{blocks_seconds:>10.2f}"
-            print(f"{row}{plain_memory:>11}{blocks_memory:>12}")
+            product_time, fast_time = rival_times(1, product, fast)
+            product_memory = peak_in_own_process(product_name, 64, f, c) / 2**20
+            fast_memory = peak_in_own_process(fast_name, 64, f, c) / 2**20
+            row = f"{f:>6}{c:>9}{product_time:>11.2f}{fast_time:>8.2f}"
+            print(f"{row}{product_memory:>13.0f}{fast_memory:>10.0f}")
 
 
 # --- precision

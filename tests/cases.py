@@ -201,13 +201,12 @@ CASES["center_vector"] = Case(
 # --- CPLearn
 
 
-def slow_cplearn(z1, z2, codes, *, tau, beta=0.05, prior="reverse-kl", **_):
+def slow_cplearn(s1, s2, *, tau, beta=0.05, prior="reverse-kl", **_):
     """Eq. 2 (cross-entropy) or Appendix N (reverse KL) image by image and code by code."""
-    n, c = len(z1), codes.shape[1]
+    n, c = s1.shape
     log_p = []
-    for z in (z1, z2):
-        logits = [torch.stack([z[i] @ codes[:, j].to(z) / tau for j in range(c)]) for i in range(n)]
-        log_p.append([row - row.logsumexp(0) for row in logits])
+    for s in (s1, s2):
+        log_p.append([s[i] / tau - (s[i] / tau).logsumexp(0) for i in range(n)])
     invariance, matching = 0, 0
     for view in range(2):
         for i in range(n):
@@ -227,7 +226,14 @@ def call_cplearn(loss_fn, z1, z2, sharper=1, **settings):
     rng = torch.Generator().manual_seed(0)
     codes = 2 * torch.randint(2, (f, 40), generator=rng, dtype=torch.int8) - 1
     tau = f / math.log(1 / 1e-8 - 39) / sharper
-    return loss_fn(z1, z2, codes, tau=tau, **settings)
+    if loss_fn.__name__ == "loss_in_blocks":
+        return loss_fn(z1, z2, codes, product, 40, tau=tau, **settings)
+    return loss_fn(product(z1, codes), product(z2, codes), tau=tau, **settings)
+
+
+def product(z, codes, first=0, last=None):
+    """The scores W^T z of a block of the codes W (f, c), or of all."""
+    return z @ codes[:, first:last].to(z)
 
 
 IN_BLOCKS = {"function": "loss_in_blocks", "block": 16}
@@ -259,19 +265,19 @@ CASES["cplearn"] = Case(
         "--activation tanh",
         "--activation tanh-unscaled",
         "--prior cross-entropy",
-        "--codes hadamard --c 16",
+        "--codes hadamard",
+        "--codes fresh",
         "--no-batchnorm",
-        "--eps 1e-300",
-        "--eps 1e-20",
+        "--sharpness 1",
+        "--sharpness 20",
     ),
     refused={
         "--c 1": "--c: must be between 2 and 67108864, not 1",
         "--c 100000000": "--c: must be between 2 and 67108864, not 100000000",
         "--beta -1": "--beta: must be at least 0, not -1",
-        "--eps 0": "--eps: must be between 1e-300 and 1e-08, not 0",
-        "--eps 0.1": "--eps: must be between 1e-300 and 1e-08, not 0.1",
-        "--codes hadamard --c 17": "hadamard",
-        "--codes hadamard --projector-dim 12 --c 8": "hadamard",
+        "--sharpness 0": "--sharpness: must be between 0.001 and 100, not 0",
+        "--codes hadamard --c 48": "a power of two as --c, larger than --projector-dim, not 48 and",
+        "--codes fresh --projector-dim 64": "--codes fresh needs a power of two as --c, larger",
     },
     collapses={"--beta 10": "representation"},
     alive="--c 64",

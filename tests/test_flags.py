@@ -165,7 +165,7 @@ def test_own_flags_are_refused(name, run, tmp_path):
 
 def test_paper_sets_the_papers_settings_where_none_is_given(run):
     # As in the authors' scripts/pretrain/cifar/cplearn.yaml, whose rate is scaled by 64 / 256.
-    published = {"lr": 2.5e-4, "weight_decay": 1e-4, "beta": 1.0, "eps": 1e-8}
+    published = {"lr": 2.5e-4, "weight_decay": 1e-4, "beta": 1.0, "sharpness": 0.407}
     published["activation"] = "tanh-unscaled"
     flags = ["--dataset", "blobs", "--epochs", "1", "--device", "cpu", "--paper"]
     cases = {"": published | {"batch_size": 64}, "--beta 0.5": published | {"beta": 0.5}}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from cases import CASES, slow_wmse
+from cases import CASES, product, slow_wmse
 from conftest import METHODS
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,6 +158,14 @@ def temperature(n, f, c, eps=1e-8):
     return f / (math.sqrt(n) * math.log((1 - eps * (c - 1)) / eps))
 
 
+def cplearn_loss(methods, function, z1, z2, codes, **settings):
+    """The loss by the plain formula or in blocks, of the codes W (f, c)."""
+    if function == "loss_fn":
+        return methods["cplearn"].loss_fn(product(z1, codes), product(z2, codes), **settings)
+    c = codes.shape[1]
+    return methods["cplearn"].loss_in_blocks(z1, z2, codes, product, c, **settings)
+
+
 def sphere(h, n):
     return math.sqrt(h.shape[1] / n) * normalize(h, dim=1)
 
@@ -169,12 +177,12 @@ def test_cplearn_of_aligned_codes_costs_log_c_over_n(methods, dtype, function):
     NaN for the codes that nobody uses, at Eq. 1's norm and at the released code's, sqrt(n) times
     larger."""
     n, f, c = 64, 512, 4096
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=0)
+    codes = methods["cplearn"].draw_codes("rademacher", f, c, 0)
     tau = temperature(n, f, c)
     for norm, within in ((1 / math.sqrt(n), 1e-2), (1.0, 1e-5)):
         h = (codes[:, :n].T.to(dtype) * norm).requires_grad_()
         for prior in ("reverse-kl", "cross-entropy"):
-            terms = getattr(methods["cplearn"], function)(h, h, codes, tau=tau, prior=prior)
+            terms = cplearn_loss(methods, function, h, h, codes, tau=tau, prior=prior)
             (grad,) = torch.autograd.grad(terms["loss"], h)
             assert terms["loss"].isfinite() and grad.isfinite().all()
             assert terms["invariance"].item() == pytest.approx(0, abs=1e-2)
@@ -185,16 +193,15 @@ def test_cplearn_of_aligned_codes_costs_log_c_over_n(methods, dtype, function):
 def test_cplearn_three_prices(methods):
     """Balanced hard codes cost log(c/n), the uniform assignment beta log(c), total collapse
     log(c)."""
-    n, f, c, beta = 8, 64, 64, 0.25
-    codes = methods["cplearn"].draw_codes("hadamard", f, c, seed=0)
-    corner = 40.0 * codes.T.to(F64) / f
+    n, c, beta = 8, 64, 0.25
+    hard = 40.0 * torch.eye(c, dtype=F64)
 
-    def price(h):
-        return methods["cplearn"].loss_fn(h, h, codes, tau=1.0, beta=beta)["loss"].item()
+    def price(s):
+        return methods["cplearn"].loss_fn(s, s, tau=1.0, beta=beta)["loss"].item()
 
-    assert price(corner[:n]) == pytest.approx(math.log(c / n))
-    assert price(torch.zeros(n, f, dtype=F64)) == pytest.approx(beta * math.log(c))
-    assert price(corner[:1].expand(n, f)) == pytest.approx(math.log(c))
+    assert price(hard[:n]) == pytest.approx(math.log(c / n))
+    assert price(torch.zeros(n, c, dtype=F64)) == pytest.approx(beta * math.log(c))
+    assert price(hard[:1].expand(n, c)) == pytest.approx(math.log(c))
 
 
 @pytest.mark.parametrize("function", ["loss_fn", "loss_in_blocks"])
@@ -203,11 +210,11 @@ def test_cplearn_in_float32(methods, prior, function):
     """In float32 value and gradient are those of float64."""
     n, f, c = 64, 128, 5000
     h1, h2 = (sphere(z.detach(), n).requires_grad_() for z in random_views(n, f))
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=0)
+    codes = methods["cplearn"].draw_codes("rademacher", f, c, 0)
     singles = [h.detach().float().requires_grad_() for h in (h1, h2)]
-    loss_fn, tau, results = getattr(methods["cplearn"], function), temperature(n, f, c), []
+    tau, results = temperature(n, f, c), []
     for views in ((h1, h2), singles):
-        loss = loss_fn(*views, codes, tau=tau, prior=prior)["loss"]
+        loss = cplearn_loss(methods, function, *views, codes, tau=tau, prior=prior)["loss"]
         results.append((loss.detach(), *torch.autograd.grad(loss, views)))
     for exact, single in zip(*results, strict=True):
         assert (single - exact).norm() < 3e-5 * exact.norm()
@@ -215,11 +222,11 @@ def test_cplearn_in_float32(methods, prior, function):
 
 def test_cplearn_blocks_do_not_change_the_loss(methods):
     h1, h2 = random_views(5, 8)
-    codes = methods["cplearn"].draw_codes("rademacher", 8, 100, seed=0)
+    codes = methods["cplearn"].draw_codes("rademacher", 8, 100, 0)
     loss = methods["cplearn"].loss_in_blocks
-    expected = loss(h1, h2, codes, tau=0.5, block=1)["loss"]
+    expected = loss(h1, h2, codes, product, 100, tau=0.5, block=1)["loss"]
     for block in (7, 100, 1000):
-        value = loss(h1, h2, codes, tau=0.5, block=block)["loss"]
+        value = loss(h1, h2, codes, product, 100, tau=0.5, block=block)["loss"]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
@@ -236,12 +243,20 @@ def test_cplearn_in_blocks_never_holds_an_n_by_c_matrix(methods):
                     largest = max(largest, tensor.numel())
             return out
 
-    n, f, c = 32, 16, 20_000
+    n, f, c = 32, 16, 2**14
     h1, h2 = random_views(n, f)
-    codes = methods["cplearn"].draw_codes("rademacher", f, c, seed=0)
-    with Largest():
-        methods["cplearn"].loss_in_blocks(h1, h2, codes, tau=1.0, block=1000)["loss"].backward()
-    assert 0 < largest <= 2 * n * 1000
+    for codes in ("rademacher", "hadamard"):
+        flags = f"--dataset blobs --projector-dim {f} --c {c} --codes {codes}"
+        parser = common.make_parser(
+            methods["cplearn"].add_flags, methods["cplearn"].DEFAULTS, "blobs"
+        )
+        model = methods["cplearn"].Model(parser.parse_args(flags.split()))
+        with Largest():
+            terms = methods["cplearn"].loss_in_blocks(
+                h1, h2, model.codes, model.scores, c, tau=1.0, block=1024
+            )
+            terms["loss"].backward()
+        assert 0 < largest <= 2 * n * 1024
 
 
 def test_cplearn_codes(methods):
@@ -254,24 +269,56 @@ def test_cplearn_codes(methods):
     off = cosine[~torch.eye(2000, dtype=bool)]
     # Eq. 5: mean 0 and variance 1 / f of the cosine of two codes.
     assert off.mean().abs() < 5e-3 and off.var().item() == pytest.approx(1 / 64, rel=0.02)
-    h = draw("hadamard", 64, 32, 0).double()
-    assert torch.equal(h.T @ h, 64 * torch.eye(32, dtype=F64))
-    columns = {tuple(column) for column in scipy.linalg.hadamard(64).T.tolist()}
-    assert {tuple(column) for column in h.T.int().tolist()} <= columns
+
+    rows, signs = draw("hadamard", 300, 512, 0, 7)
+    assert len(rows.unique()) == 300 and rows.min() >= 1 and rows.max() <= 511
+    assert set(signs.tolist()) == {-1, 1}
+    for other in ((0, 8), (1, 7)):
+        assert not torch.equal(draw("hadamard", 300, 512, *other)[0], rows)
+
+
+@pytest.mark.parametrize("f, c", [(1, 2), (5, 8), (100, 128), (37, 1024), (500, 2048), (8, 2**15)])
+def test_cplearn_fast_scores_are_those_of_the_matrix(methods, f, c):
+    """scipy's Hadamard matrix, of which f rows with signs are W: W W^T = c I. Value and gradient of
+    the scores, of all codes and of each block."""
+    scores = methods["cplearn"].hadamard_scores
+    codes = methods["cplearn"].draw_codes("hadamard", f, c, 0)
+    rows, signs = codes
+    sylvester = scipy.linalg.hadamard(c, dtype=np.int8) if c < 2**14 else None
+    if sylvester is None:  # 1 GB; its entry (i, j) is -1 to the number of ones in i & j
+        ones = np.array([[bin(i & j).count("1") for j in range(c)] for i in rows.tolist()])
+        w = torch.from_numpy(1.0 - 2 * (ones % 2)) * signs[:, None]
+    else:
+        w = torch.from_numpy(sylvester)[rows].double() * signs[:, None]
+    assert torch.equal(w @ w.T, c * torch.eye(f, dtype=F64))
+    z = torch.randn(2, 3, f, dtype=F64, requires_grad=True)
+    weights = torch.randn(2, 3, c, dtype=F64)
+    expected = z @ w
+    (slope,) = torch.autograd.grad((weights * expected).sum(), z)
+    for block in {c, c // 2, max(1, c // 8)}:
+        found = [scores(z, codes, first, first + block) for first in range(0, c, block)]
+        torch.testing.assert_close(torch.cat(found, -1), expected, rtol=1e-12, atol=1e-11)
+        (gradient,) = torch.autograd.grad((weights * torch.cat(found, -1)).sum(), z)
+        torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=1e-10)
+    single = scores(z.float(), codes, 0, c)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5 * math.sqrt(f))
 
 
 @pytest.mark.parametrize(
-    "f, eps, one_vector, hundred",
-    [(128, 1e-8, 1.29, 0.033), (2048, 1e-8, 0.083, 0.0005), (2048, 1e-32, 1.33, 0.033)],
+    "f, sharpness, one_vector, hundred",
+    [(128, 1.63, 1.29, 0.033), (2048, 0.407, 0.083, 0.0004), (2048, 1.63, 1.33, 0.033)],
 )
-def test_cplearn_prior_forbids_few_dimensions(methods, long, f, eps, one_vector, hundred):
+def test_cplearn_prior_forbids_few_dimensions(methods, long, f, sharpness, one_vector, hundred):
     """What few dimensions cost: the prior of n = 256 embeddings that fill 0 (one vector), 1, 5, 20,
-    100 dimensions. One vector costs (f / tau)² / 2f, the Gaussian approximation of its logits. At f
-    = 2048 it takes eps = 1e-32 to make p as sharp, and few dimensions as dear, as at f = 128 with
-    the paper's 1e-8."""
+    100 dimensions. One vector costs sharpness² / 2, the Gaussian approximation of its logits. Few
+    dimensions are as dear at f = 2048 as at f = 128 if the sharpness is the same, not the paper's
+    eps, whose 1e-8 means 1.63 at f = 128 and 0.407 at 2048."""
     c, n, prices = 16384, 256, {}
     codes = methods["cplearn"].draw_codes("rademacher", f, c, 0).float()
-    tau = temperature(n, f, c, eps) * math.sqrt(n)
+    tau = math.sqrt(f) / sharpness
+    assert temperature(n, f, c) * math.sqrt(n) == pytest.approx(
+        math.sqrt(f) / {128: 1.63, 2048: 0.407}[f], rel=2e-3
+    )
     for dimensions in (0, 1, 5, 20, 100) if long or f == 128 else (0, 100):
         rng = common.generator(dimensions)
         z = torch.randn(n, max(1, dimensions), generator=rng)
@@ -279,8 +326,10 @@ def test_cplearn_prior_forbids_few_dimensions(methods, long, f, eps, one_vector,
         if dimensions == 0:
             z = z[:1].expand(n, f)
         z = math.sqrt(f) * normalize(z, dim=1)
-        prices[dimensions] = methods["cplearn"].loss_fn(z, z, codes, tau=tau)["prior"].item()
-    assert prices[0] == pytest.approx((f / tau) ** 2 / (2 * f), rel=0.1)
+        prices[dimensions] = (
+            methods["cplearn"].loss_fn(z @ codes, z @ codes, tau=tau)["prior"].item()
+        )
+    assert prices[0] == pytest.approx(sharpness**2 / 2, rel=0.1)
     assert prices[0] == pytest.approx(one_vector, rel=0.1)
     assert prices[100] == pytest.approx(hundred, rel=0.2)
     assert [*prices.values()] == sorted(prices.values(), reverse=True)
@@ -510,7 +559,7 @@ def test_gedi_is_cplearn_with_its_forward_prior(methods):
     s1, s2 = random_views(5, 8)
     ours = methods["gedi"].loss_fn(s1, s2, beta=0.3)
     settings = {"tau": 1.0, "beta": 0.3, "prior": "cross-entropy"}
-    cplearn = methods["cplearn"].loss_fn(s1, s2, torch.eye(8), **settings)
+    cplearn = methods["cplearn"].loss_fn(s1, s2, **settings)
     for name in ("loss", "prior", "invariance"):
         torch.testing.assert_close(ours[name], cplearn[name])
 

@@ -103,21 +103,48 @@ def test_dino_center_by_hand(flags, methods, run, monkeypatch):
 # --- CPLearn
 
 
+@pytest.mark.parametrize("codes", ["rademacher", "hadamard", "fresh"])
 @pytest.mark.parametrize("c, function", [(4096, "loss_fn"), (2**20, "loss_in_blocks")])
-def test_cplearn_takes_blocks_of_a_large_dictionary(methods, run, monkeypatch, c, function):
+def test_cplearn_takes_blocks_of_a_large_dictionary(methods, run, monkeypatch, codes, c, function):
     """The plain formula is used for up to 2^25 scores. 64 images have 2^26 with a million codes."""
-    called = []
-    for name in ("loss_fn", "loss_in_blocks"):
+    called = set()
 
-        def spy(z1, z2, codes, name=name, **settings):
-            called.append((name, codes.dtype, len(z1) * codes.shape[1]))
-            return {"loss": (z1 * z2).sum()}
+    def plain(s1, s2, **settings):
+        called.add(("loss_fn", s1.shape[1]))
+        return {"loss": (s1 * s2).sum()}
 
-        monkeypatch.setattr(methods["cplearn"], name, spy)
+    def in_blocks(z1, z2, codes, scores, c, **settings):
+        called.add(("loss_in_blocks", c))
+        assert scores(z1, codes, c - 1024, c).shape == (64, 1024)
+        return {"loss": (z1 * z2).sum()}
+
+    monkeypatch.setattr(methods["cplearn"], "loss_fn", plain)
+    monkeypatch.setattr(methods["cplearn"], "loss_in_blocks", in_blocks)
     monkeypatch.setattr(common, "collapse_metrics", lambda *_: {"center_norm": 0.0})
-    sizes = ["--batch-size", "64", "--projector-dim", "4", "--c", str(c)]
+    sizes = ["--batch-size", "64", "--projector-dim", "4", "--c", str(c), "--codes", codes]
     main(methods, "cplearn", *sizes, "--epochs", "1")
-    assert set(called) == {(function, torch.int8, 64 * c)}
+    assert called == {(function, c)}
+
+
+def test_cplearn_codes_are_fixed_or_fresh_in_every_step(methods, run, monkeypatch):
+    """Fresh ones, too, are those of step 0 in the checkpoint, which the metrics use."""
+    drawn = []
+    draw_codes = methods["cplearn"].draw_codes
+
+    def spy(*arguments):
+        drawn.append(draw_codes(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(methods["cplearn"], "draw_codes", spy)
+    flags = ["--projector-dim", "16", "--c", "64", "--batch-size", "500", "--epochs", "2"]
+    for codes, count in (("rademacher", 1), ("hadamard", 1), ("fresh", 7)):
+        drawn.clear()
+        main(methods, "cplearn", *flags, "--codes", codes, "--out", codes)
+        assert len(drawn) == count
+        different = {tuple(codes.flatten().tolist()) for codes in drawn}
+        assert len(different) == count
+        kept = torch.load(f"{codes}/last.pt", weights_only=True)["model"]["codes"]
+        assert torch.equal(kept, drawn[0])
 
 
 @pytest.mark.parametrize("activation", ["l2", "tanh", "tanh-unscaled"])
@@ -127,6 +154,7 @@ def test_cplearn_scores_are_those_of_eq_1(activation, methods):
     the authors' tanh is sqrt(n) sharper."""
     n, f, c = 64, 16, 32
     sizes = ["--c", str(c), "--batch-size", str(n), "--no-batchnorm", "--width", "8"]
+    sizes += ["--codes", "rademacher", "--sharpness", "1.63"]
     model = build_model(methods, "cplearn", "--activation", activation, *sizes).eval()
     x = torch.randn(3, 2)
     scores = model.scores(model(x)).detach() / model.temperature
@@ -137,7 +165,9 @@ def test_cplearn_scores_are_those_of_eq_1(activation, methods):
         h = z.tanh() / math.sqrt(n)
     else:
         h = z.tanh()
-    tau = f / (math.sqrt(n) * math.log((1 - 1e-8 * (c - 1)) / 1e-8))
+    # The eps whose tau has this sharpness.
+    eps = 1 / (math.exp(math.sqrt(f) * 1.63) + c - 1)
+    tau = f / (math.sqrt(n) * math.log((1 - eps * (c - 1)) / eps))
     expected = h @ model.codes.double() / tau
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
     corner = model.head(1e5 * torch.randn(3, 8)).norm(dim=1)
