@@ -264,9 +264,10 @@ def largest_clusters(clusters, count=8):
 
 @torch.no_grad()
 def assign(model, data, out):
-    """The cluster of each image (n,), the ten images nearest to each of the eight largest clusters
-    {cluster: indices}, and what the clusters are: "codes" of the method, or "k-means" of the
-    features where it has none, or of the embedding where there are no features.
+    """The cluster of each image (n,), of each of the eight largest clusters the up to ten images
+    that are nearest to its code or center {cluster: indices}, and what the clusters are: "codes" of
+    the method, or "k-means" of the features where it has none, or of the embedding where there are
+    no features.
 
     Without a model, codes are as they are in `out`, and the nearest images are not known.
     """
@@ -291,8 +292,9 @@ def assign(model, data, out):
         closeness = -torch.cdist(x, centers[largest]).cpu().numpy()
     nearest = {}
     for column, cluster in enumerate(largest):
-        order = np.argsort(-closeness[:, column], kind="stable")
-        nearest[int(cluster)] = order[:10]
+        own = np.flatnonzero(clusters == cluster)
+        order = np.argsort(-closeness[own, column], kind="stable")
+        nearest[int(cluster)] = own[order[:10]]
     return clusters, nearest, clusters_by
 
 
@@ -730,7 +732,9 @@ def draw_nearest_images(label, picture, images):
             ax.imshow(images[i].transpose(1, 2, 0))
         size = (picture["clusters"] == cluster).sum()
         left = row[0]
-        name = f"{cluster}\n{size} images"
+        name = f"{cluster}\n{size} image"
+        if size != 1:
+            name += "s"
         left.text(-0.15, 0.5, name, ha="right", va="center", transform=left.transAxes)
     return figure
 
@@ -800,7 +804,8 @@ CAPTIONS = {
     "matrices": "Left: correlation of the embedding's dimensions; off the diagonal, white is "
     "decorrelated. Right: cosines of images, sorted by cluster; blocks are clusters, red all over "
     "is representation collapse.",
-    "nearest": "What the largest clusters hold: the images nearest to each.",
+    "nearest": "What the largest clusters hold: the images of each that are nearest to its code, "
+    "prototype or center.",
     "codes": "Cosines of the dictionary's codes with one another: the larger f, the nearer to "
     "orthogonal; c does not matter (Eq. 5). Black: the binomial distribution that chance gives.",
 }
@@ -809,7 +814,8 @@ DIAGNOSIS_NOTE = (
     "variance of the embeddings' directions (threshold 0.2). Of an array of features, whose "
     "directions are close to one another when a ReLU has made all of them positive: variance over "
     "mean square (threshold 0.1). Dimensional: logarithm of the effective rank over "
-    "that of the dimensions. Cluster: the same of the codes in use. Intracluster: distance to the "
+    "that of the dimensions, or of the images less one if these are fewer. Cluster: the same of "
+    "the codes in use. Intracluster: distance to the "
     "own cluster over distance to the next. Assignment: 1 - the mean entropy of an image's "
     "assignment over the logarithm of the codes; where it is still uniform, training has not left "
     "its start. Where all embeddings are one vector, the other collapses are implied."
@@ -1209,7 +1215,8 @@ def report_checkpoints(options, folder, device):
     write_report(folder, "Collapse report", intro, numbers, named_arrays, figures)
     for label, entry in numbers.items():
         diagnosed = entry["diagnosed"]
-        print(f"{label}: {common.describe(entry['diagnosis'], diagnosed)} ({diagnosed})")
+        found = common.describe(entry["diagnosis"], diagnosed)
+        print(f"{label}: {found} ({diagnosed} of {entry['images']} images)")
 
 
 # --- the command

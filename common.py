@@ -274,7 +274,8 @@ def read_folder(args):
     """
     root = Path(args.data_dir)
     if not root.is_dir():
-        fail(f"there is no folder {str(root)!r}: --data-dir must be the folder of your images")
+        what = "is no folder" if root.exists() else "does not exist"
+        fail(f"{str(root.absolute())!r} {what}: --data-dir must be the folder of your images")
     others = collections.Counter()
     if args.dataset == "imagenet100":
         splits = find_imagenet100(root, others)
@@ -1403,12 +1404,15 @@ def first_few(names):
 def advice_on_shapes(name, there, here):
     """What to do if the first tensor of other shape than the file's is `name`."""
     stem = name in ("conv1.weight", "conv_proj.weight")  # of the ResNets and of ViT
-    if stem and there[2:] != here[2:]:
-        if there[-1] > here[-1]:
-            return "the file is of a network for large images: --image-size 224"
-        return "the file is of a network for images of up to 64 pixels: --image-size 32"
-    if stem:
-        return f"choose --width {there[0]}"
+    flags = []
+    if stem and there[-1] > here[-1]:
+        flags.append("--image-size 224 (the file is of a network for large images)")
+    elif stem and there[-1] < here[-1]:
+        flags.append("--image-size 32 (the file is of a network for images of up to 64 pixels)")
+    if stem and there[0] != here[0]:
+        flags.append(f"--width {there[0]}")
+    if flags:
+        return f"choose {' and '.join(flags)}"
     if name == "encoder.pos_embedding":
         return "choose the --image-size that the file is of"
     return "choose the --backbone and --width that the file is of"
@@ -2155,7 +2159,8 @@ def add_shared_flags(parser):
         "--epochs",
         type=bounded_int(1),
         default=200,
-        help="passes over the data; with --resume, more prolong a run",
+        help="passes over the data, each without the last, incomplete batch; with --resume, more "
+        "prolong a run",
     )
     parser.add_argument(
         "--batch-size",
@@ -2578,6 +2583,7 @@ def open_run(args, model, optimizer, data, views):
                 "add --resume to continue it, or choose another --out"
             )
         run.load()
+    first_lines.append(run.describe_epochs())
     if rank() == 0:
         print("\n".join(first_lines))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2683,6 +2689,15 @@ class Run:
                 f"the training set of {len(self.data.images)} images"
             )
 
+    def describe_epochs(self):
+        """A line on the steps of an epoch, and on what is left over."""
+        batch_size = self.args.batch_size
+        line = f"{self.steps_per_epoch} steps of {batch_size} an epoch"
+        left = len(self.data.images) - self.steps_per_epoch * batch_size
+        if left:
+            line += f"; {left} of {len(self.data.images)}, others in each epoch, are left over"
+        return line
+
     def cosine(self, start, end, after=0):
         """A number that goes from `start` at step `after` to `end` at the last, on a half cosine.
 
@@ -2759,9 +2774,12 @@ class Run:
         if self.args.keep_every and done % self.args.keep_every == 0:
             self.save(self.checkpoint.with_name(f"epoch-{done:04d}.pt"))
         if collapsed:
+            last_epochs = f"the last {self.args.stop_on_collapse} epochs"
+            if self.args.stop_on_collapse == 1:
+                last_epochs = "the last epoch"
             self.leave(
                 3,
-                f"stopped, because the last {self.args.stop_on_collapse} epochs had a collapse; "
+                f"stopped, because {last_epochs} had a collapse; "
                 f"saved {self.checkpoint}; python analyze.py {self.checkpoint.parent} shows it",
             )
         if not is_last:

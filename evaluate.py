@@ -47,7 +47,8 @@ DIR/<run>-<method>-<dataset>-<trained or untrained>.npz. It holds
     train_entropy, test_entropy      (n,), of the assignments to them, over its largest value
     train_labels, test_labels        (n,), if there are labels
     train_names, test_names          (n,), the files of the images, if the data set is a folder
-    classes, clusters                the names of the classes; how many codes or prototypes
+    classes                          the names of the classes, if there are labels
+    clusters                         how many codes or prototypes, only for methods with them
     inputs                           how many numbers an image (or a point) has
     checkpoint                       the checkpoint's path
 Files of the same name get numbers. `--json` gives the file's name as "saved".
@@ -298,6 +299,12 @@ def networks(jobs, options, device):
         if needed != loaded:
             data = common.load_data(args, device)
             loaded = needed
+        own_data = not (options.dataset or options.data_dir)
+        if own_data and job.state["fingerprint"] not in (None, data.fingerprint):
+            common.tell(
+                f"{job.path} was trained on {job.state['images']} images, and there are "
+                f"{len(data.images)} now, or others"
+            )
         seen = data
         if job.state["mean"] is not None:  # older checkpoints lack them
             mean = torch.tensor(job.state["mean"], device=device)
@@ -993,6 +1000,9 @@ def main():
         print()
     else:
         print_table(rows)
+    for file in files:
+        if file is not None:
+            common.tell(f"wrote {file}")
 
 
 if __name__ == "__main__":

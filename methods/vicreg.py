@@ -51,7 +51,7 @@ def add_flags(parser):
         "--variance-weight",
         type=common.bounded_float(0),
         default=25.0,
-        help="weight of variance; 0: all embeddings become one point",
+        help="weight of variance; 0: all embeddings become one point, after some hundred steps",
     )
     parser.add_argument(
         "--covariance-weight",

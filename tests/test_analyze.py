@@ -198,5 +198,5 @@ def test_data_that_is_not_there_leaves_no_half_report(run):
     assert run("simclr", *IMAGES, "--epochs", "1").code == 0
     elsewhere = ["--dataset", "folder", "--data-dir", "gone"]
     result = run("analyze", "runs/simclr-shapes-seed0", *elsewhere, "--out", "report")
-    assert "there is no folder 'gone'" in result.error
+    assert "gone' does not exist: --data-dir" in result.error
     assert not Path("report").exists()

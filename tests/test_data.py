@@ -142,7 +142,7 @@ def test_two_runs_may_write_one_cache_at_the_same_time(images, tmp_path):
 
 
 def test_folder_that_cannot_be_read_is_named(images, capsys):
-    assert "there is no folder 'nowhere'" in refused(capsys, data_dir="nowhere")
+    assert "nowhere' does not exist: --data-dir" in refused(capsys, data_dir="nowhere")
     (images / "val" / "dog").rename(images / "val" / "cow")
     assert "'cow'" in refused(capsys)
     (images / "val" / "cow").rename(images / "val" / "dog")

@@ -194,7 +194,7 @@ def test_data_that_is_not_there_is_one_line(run, one_run, monkeypatch):
     torch.save(state | {"args": args, "model": model.state_dict()}, "images.pt")
     flags = ["images.pt", "--data-dir", "nowhere", "--dataset"]
     assert "cifar10 is not in 'nowhere'" in run("evaluate", *flags, "cifar10").error
-    assert "there is no folder 'nowhere'" in run("evaluate", *flags, "folder").error
+    assert "nowhere' does not exist: --data-dir" in run("evaluate", *flags, "folder").error
     assert "invalid choice: 'mnist'" in run("evaluate", *flags, "mnist").error
 
 

@@ -58,8 +58,8 @@ def test_one_array_is_enough(run):
     result = run("analyze", "a.npy", "b.npz", *QUICK)
     assert result.code == 0, result.err
     assert result.out.splitlines()[1:] == [
-        "a.npy: no collapse (embedding)",
-        "b.npz: no collapse (embedding)",
+        "a.npy: no collapse (embedding of 60 images)",
+        "b.npz: no collapse (embedding of 60 images)",
     ]
     report = json.loads(Path("report/report.json").read_text())
     assert report["a.npy"]["images"] == 60
@@ -159,8 +159,8 @@ def test_it_is_said_which_array_was_diagnosed(run, nothing_drawn):
     assert result.code == 0, result.err
     lines = result.out.splitlines()[1:]
     for name, line, array in zip(names, lines, ["features"] * 2 + ["embedding"], strict=False):
-        assert line == f"{name}: no collapse ({array})"
-    assert lines[3] == "split.npz: no collapse (features)"
+        assert line == f"{name}: no collapse ({array} of {len(x)} images)"
+    assert lines[3] == "split.npz: no collapse (features of 50 images)"
     assert lines[4].startswith("one.npy: representation collapse: the features' variance")
     report = json.loads(Path("report/report.json").read_text())
     assert report["relu.npy"]["representation"] == "variance / mean square"

@@ -718,7 +718,7 @@ def test_other_processes_find_what_the_first_one_wrote(monkeypatch, refused):
 
 
 def test_what_is_missing_is_named(refused):
-    assert "there is no folder 'nowhere'" in refused(data_dir="nowhere")
+    assert "nowhere' does not exist" in refused(data_dir="nowhere")
     Path("images").mkdir()
     assert "no images in 'images': --data-dir must hold images, at any depth" in refused()
     save("train/a/0.png")

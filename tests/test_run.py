@@ -233,7 +233,7 @@ def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
         ("--warmup-epochs 9", "--warmup-epochs 9"),
         ("--dataset imagenet", "--dataset"),
         ("--backbone resnet18", "--backbone"),
-        ("--backbone resnet18 --dataset folder --data-dir nowhere", "'nowhere'"),
+        ("--backbone resnet18 --dataset folder --data-dir nowhere", "nowhere' does not exist"),
         ("--device cuda", "--device"),
         ("--optimizer adamw", "adamw"),
         ("--optimizer lars", "lars needs its own --lr, because 0.001 is meant for adam"),

@@ -126,7 +126,7 @@ def test_other_shapes(tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), file)
     line = refused(file, capsys, **RESNET | {"image_size": 32})
     assert "conv1.weight is (64, 3, 7, 7) there and (64, 3, 3, 3) here" in line
-    assert line.endswith("the file is of a network for large images: --image-size 224")
+    assert line.endswith("choose --image-size 224 (the file is of a network for large images)")
     line = refused(file, capsys, **RESNET | {"width": 16})
     assert "(64, 3, 7, 7) there and (16, 3, 7, 7) here; choose --width 64" in line
     line = refused(file, capsys, **RESNET | {"backbone": "resnet50"})
@@ -138,7 +138,9 @@ def test_other_shapes(tmp_path, capsys):
     small = common.build_backbone(argparse.Namespace(**RESNET | {"image_size": 32, "width": 16}))
     torch.save(small.state_dict(), file)
     line = refused(file, capsys, **RESNET | {"width": 16})
-    assert line.endswith("a network for images of up to 64 pixels: --image-size 32")
+    assert line.endswith(
+        "(the file is of a network for images of up to 64 pixels)"
+    )
 
 
 @pytest.mark.parametrize(
