@@ -127,53 +127,69 @@ def prior_of_codes(log_mean, c, prior):
     return -log_mean / c  # CE(u, mean p)
 
 
-def loss_in_blocks(z1, z2, codes, scores, c, *, tau, beta=0.05, prior="reverse-kl", block=32768):
+def loss_in_blocks(z1, z2, codes, scores, c, *, tau, beta=0.05, prior="reverse-kl", block=8192):
     """loss_fn for very many codes, with matrices of (2, n, block). Skip it at first reading.
 
     `scores(z, codes, first, last)` gives the scores of embeddings z for the codes `first` to
-    `last` - 1. Checkpointing computes each block of codes a second time for the gradient.
+    `last` - 1.
     """
-    checkpoint = torch.utils.checkpoint.checkpoint
     z = torch.stack([z1, z2])  # (2, n, f)
-    blocks = []
-    for first in range(0, c, block):
-        last = min(first + block, c)
-        blocks.append((first, last))
-
-    log_sums = []
-    for first, last in blocks:
-        log_sums.append(
-            checkpoint(block_log_sum, z, codes, scores, first, last, tau, use_reentrant=False)
-        )
-    log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), log of the softmax's denominator
-
-    invariance, prior_loss = 0.0, 0.0
-    for first, last in blocks:
-        terms = checkpoint(
-            block_terms, z, codes, scores, first, last, tau, log_sum, c, prior, use_reentrant=False
-        )
-        invariance = invariance + terms[0]
-        prior_loss = prior_loss + terms[1]
-    loss = beta * invariance + prior_loss
+    loss, invariance, prior_loss = LossInBlocks.apply(z, codes, scores, c, tau, beta, prior, block)
     return {"loss": loss, "invariance": invariance, "prior": prior_loss}
 
 
-def block_log_sum(z, codes, scores, first, last, tau):
-    """log of the sum of exp(scores / tau) over a block of codes, for z (2, n, f)."""
-    s = scores(z, codes, first, last)  # (2, n, block)
-    return (s / tau).logsumexp(2, keepdim=True)
+class LossInBlocks(torch.autograd.Function):
+    """The loss and its gradient in one walk over the blocks, after one for the denominators.
 
+    Let a be the loss's gradient by log p, as if the entries of log p were free. Then the gradient
+    by the scores is (a - p sum_j a_j) / tau, and that by z is W times it.
+    """
 
-def block_terms(z, codes, scores, first, last, tau, log_sum, c, prior):
-    """What a block of codes adds to invariance and prior."""
-    n = z.shape[1]
-    s = scores(z, codes, first, last)  # (2, n, block)
-    log_p = s / tau - log_sum
-    other_view = log_p.flip(0)
-    cross_entropy = -(log_p.exp() * other_view).sum() / n  # both directions together
-    log_mean = log_p.logsumexp(1) - math.log(n)  # (2, block)
-    prior_loss = prior_of_codes(log_mean, c, prior).sum()  # both views together
-    return cross_entropy / 2, prior_loss / 2
+    @staticmethod
+    def forward(ctx, z, codes, scores, c, tau, beta, prior, block):
+        n = z.shape[1]
+        blocks = [(first, min(first + block, c)) for first in range(0, c, block)]
+        log_sums = []
+        for first, last in blocks:
+            s = scores(z, codes, first, last) / tau  # (2, n, block)
+            log_sums.append(s.logsumexp(2, keepdim=True))
+        log_sum = torch.stack(log_sums).logsumexp(0)  # (2, n, 1), log of the denominator
+
+        invariance, prior_loss = z.new_zeros(2)
+        sum_a = torch.zeros_like(log_sum)
+        w_a = torch.zeros_like(z)  # W a
+        w_p = torch.zeros_like(z)  # W p
+        for first, last in blocks:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_()
+                s = scores(leaf, codes, first, last)
+            log_p = s.detach() / tau - log_sum
+            p = log_p.exp()
+            other_view = log_p.flip(0)
+            cross_entropy = p * other_view  # without its sign
+            invariance -= cross_entropy.sum() / (2 * n)
+
+            log_sum_of_images = log_p.logsumexp(1, keepdim=True)  # (2, 1, block)
+            with torch.enable_grad():
+                log_mean = (log_sum_of_images - math.log(n)).requires_grad_()
+                terms = prior_of_codes(log_mean, c, prior).sum() / 2
+                (slope,) = torch.autograd.grad(terms, log_mean)
+            prior_loss += terms.detach()
+            share = (log_p - log_sum_of_images).exp()  # of an image in its code's mean
+
+            a = share * slope - (cross_entropy + p.flip(0)) * (beta / (2 * n))
+            sum_a += a.sum(2, keepdim=True)
+            w_a += torch.autograd.grad(s, leaf, a, retain_graph=True)[0]
+            w_p += torch.autograd.grad(s, leaf, p)[0]
+
+        ctx.save_for_backward((w_a - sum_a * w_p) / tau)
+        ctx.mark_non_differentiable(invariance, prior_loss)
+        return beta * invariance + prior_loss, invariance, prior_loss
+
+    @staticmethod
+    def backward(ctx, slope, *_):
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None, None, None, None, None, None, None
 
 
 # --- the codes

@@ -22,6 +22,7 @@ import scipy.linalg
 import torch
 from scipy.special import softmax
 
+import common
 import evaluate
 
 EPS = 1e-8
@@ -210,3 +211,160 @@ def test_eq_5(f):
     square = (((w @ w.T) ** 2).sum() / f**2 - c) / pairs
     assert abs(mean) < 4 * math.sqrt(2 / (f * pairs))
     assert abs(square - mean**2 - 1 / f) < 4 * math.sqrt(4 * (f - 1) / (f**3 * pairs))
+
+
+# --- the limit of many codes
+#
+# Not in the paper. Let u = z / |z|, and let sharpness be the standard deviation sigma of the scores
+# W^T z / tau over random codes: sigma = sqrt(f) / tau. A score is the sum of f independent terms,
+# so over many codes the scores of several z are Gaussian, with covariances sigma^2 cos(z, z'). Then
+# all sums over codes become expectations, and f, c and eps drop out.
+
+
+def unit_rows(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def cplearn_terms(methods, u1, u2, sigma, c, kind, beta=1.0):
+    """The script's loss of embeddings with the directions u1 and u2 (n, f), float64."""
+    f = u1.shape[1]
+    codes = methods["cplearn"].draw_codes(kind, f, c, 0)
+    scores = []
+    for u in (u1, u2):
+        z = math.sqrt(f) * u
+        if kind == "hadamard":
+            scores.append(methods["cplearn"].hadamard_scores(z, codes, 0, c))
+        else:
+            scores.append(z @ codes.double())
+    return methods["cplearn"].loss_fn(*scores, tau=math.sqrt(f) / sigma, beta=beta)
+
+
+def divergence_from_normal(centers):
+    """KL of the mixture of unit Gaussians around centers (n, 2) from N(0, I), on a fine grid."""
+    axis = np.linspace(-9, 9, 721)
+    points = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 1, 2)
+    density = np.zeros(len(points))
+    for center in centers:
+        density += np.exp(-((points[:, 0] - center) ** 2).sum(1) / 2)
+    density /= len(centers) * 2 * math.pi
+    log_normal = -(points[:, 0] ** 2).sum(1) / 2 - math.log(2 * math.pi)
+    cell = (axis[1] - axis[0]) ** 2
+    return float((density * (np.log(density) - log_normal)).sum() * cell)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "hadamard"])
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 1.63])
+def test_many_codes_leave_cosines_and_sharpness(methods, sigma, kind):
+    """Invariance is log c + sigma^2 / 2 - sigma^2 cos(z1, z2). The prior is the KL divergence of a
+    mixture of unit Gaussians around sigma u_i from N(0, I). The embeddings lie in a plane of f
+    dimensions, so that this is an integral over two; the plane is spread over all coordinates."""
+    f, c = 512, 2**16
+    rng = common.generator(f)
+    plane, _ = torch.linalg.qr(torch.randn(f, 2, generator=rng, dtype=torch.float64))
+    for spread in (0.3, 2.0, 6.0):  # from one point to the whole circle
+        angles = spread * torch.rand(12, generator=rng, dtype=torch.float64)
+        noise = 0.5 * torch.randn(12, generator=rng, dtype=torch.float64)
+        in_plane = []
+        for angle in (angles, angles + noise):
+            in_plane.append(torch.stack([angle.cos(), angle.sin()], 1))
+        u1, u2 = in_plane[0] @ plane.T, in_plane[1] @ plane.T
+        terms = cplearn_terms(methods, u1, u2, sigma, c, kind)
+        cosine = (u1 * u2).sum(1).mean().item()
+        invariance = math.log(c) + sigma**2 / 2 - sigma**2 * cosine
+        # The mean of exp over 65,536 codes has a relative error of (exp(sigma^2) / c)^(1/2).
+        assert terms["invariance"].item() == pytest.approx(invariance, abs=0.03 * sigma**2)
+        expected = 0
+        for centers in in_plane:
+            expected += divergence_from_normal(sigma * centers.numpy()) / 2
+        assert terms["prior"].item() == pytest.approx(expected, rel=0.06)
+
+
+def test_few_codes_leave_this_limit(methods):
+    """Above sigma = sqrt(2 log c) single codes decide, and one image costs no more than log c."""
+    u = unit_rows(torch.randn(1, 512, generator=common.generator(0), dtype=torch.float64))
+    prices = {}
+    for sigma in (1.63, 6.0, 30.0):
+        prices[sigma] = cplearn_terms(methods, u, u, sigma, 4096, "rademacher")["prior"].item()
+    assert prices[1.63] == pytest.approx(1.63**2 / 2, rel=0.05)
+    assert prices[6.0] < 0.5 * 6.0**2 / 2
+    assert 0.9 * math.log(4096) < prices[30.0] <= math.log(4096)
+
+
+def test_soft_assignments_make_it_the_center_vector_objective(methods):
+    """For a small sigma the loss is, up to sigma^3, beta (log c + sigma^2 / 2) plus sigma^2 times
+    -beta cos(z1, z2) + |center|^2 / 2. At beta = 1/2 this is the script center_vector's loss."""
+    f, c, sigma = 64, 2**14, 0.02
+    rng = common.generator(1)
+    for shift in (0.0, 0.5, 3.0):
+        a = unit_rows(torch.randn(2, 40, f, generator=rng, dtype=torch.float64)[0] + shift)
+        b = unit_rows(a + 0.1 * torch.randn(40, f, generator=rng, dtype=torch.float64))
+        u1, u2 = torch.cat([a, b]), torch.cat([b, a])  # so both views have the same center
+        cosine, center = (u1 * u2).sum(1).mean(), u1.mean(0).square().sum()
+        for beta in (0.1, 0.5, 2.0):
+            loss = cplearn_terms(methods, u1, u2, sigma, c, "hadamard", beta)["loss"]
+            rest = (loss - beta * (math.log(c) + sigma**2 / 2)) / sigma**2
+            assert rest.item() == pytest.approx((center / 2 - beta * cosine).item(), abs=0.01)
+            if beta == 0.5:
+                other = methods["center_vector"].loss_fn(u1, u2)["loss"]
+                assert rest.item() == pytest.approx(other.item(), abs=0.01)
+
+
+def test_a_large_beta_draws_all_embeddings_together(methods):
+    """Let m be the squared norm of the center and rho the mean cosine of two views' centered
+    embeddings. The slope of the loss in m is sigma^2 (1/2 - beta (1 - rho)). So a beta above
+    1 / (2 (1 - rho)) pulls to one point: above 0.625 at the rho of 0.2 of untrained networks."""
+    n, f, c, sigma = 32, 128, 2**14, 0.02
+    rng = common.generator(2)
+    basis, _ = torch.linalg.qr(torch.randn(f, n + 1, generator=rng, dtype=torch.float64))
+    mean, v, other = basis[:, 0], basis[:, 1 : n // 2 + 1].T, basis[:, n // 2 + 1 :].T
+    v, other = torch.cat([v, -v]), torch.cat([other, -other])  # unit rows that add up to 0
+
+    def loss(m, rho, beta):
+        views = []
+        for centered in (v, rho * v + math.sqrt(1 - rho**2) * other):
+            views.append(math.sqrt(m) * mean + math.sqrt(1 - m) * centered)
+        return cplearn_terms(methods, *views, sigma, c, "hadamard", beta)["loss"].item()
+
+    for rho in (0.0, 0.2, 0.5):
+        for beta in (0.05, 0.4, 0.6, 0.65, 0.9, 1.1, 2.0):
+            slope = (loss(0.3, rho, beta) - loss(0.2, rho, beta)) / 0.1 / sigma**2
+            expected = 0.5 - beta * (1 - rho)
+            assert slope == pytest.approx(expected, abs=0.01)
+            if abs(expected) > 0.01:
+                assert (slope < 0) == (beta > 0.5 / (1 - rho))
+
+
+@pytest.mark.parametrize("sigma", [1.0, 1.63])
+def test_the_bound_on_beta_is_a_guide_for_sharper_assignments(methods, sigma):
+    """Beyond the first order embeddings are drawn together from one point outwards by the same
+    rule: near m = 1 the slope's sign is that of 1/2 - beta (1 - rho), whatever sigma."""
+    n, f, c = 32, 128, 2**14
+    rng = common.generator(3)
+    basis, _ = torch.linalg.qr(torch.randn(f, n + 1, generator=rng, dtype=torch.float64))
+    mean, v, other = basis[:, 0], basis[:, 1 : n // 2 + 1].T, basis[:, n // 2 + 1 :].T
+    v, other = torch.cat([v, -v]), torch.cat([other, -other])
+    for rho, beta in ((0.2, 0.3), (0.2, 1.2), (0.5, 0.5), (0.5, 1.8)):
+        losses = []
+        for m in (0.999, 1.0):
+            views = []
+            for centered in (v, rho * v + math.sqrt(1 - rho**2) * other):
+                views.append(math.sqrt(m) * mean + math.sqrt(1 - m) * centered)
+            losses.append(cplearn_terms(methods, *views, sigma, c, "hadamard", beta)["loss"].item())
+        assert (losses[1] < losses[0]) == (beta > 0.5 / (1 - rho))
+
+
+def test_the_spectrum_of_random_codes_and_of_hadamard_rows(methods):
+    """Random codes stretch |W^T u|^2 / c between (1 - sqrt(f/c))^2 and (1 + sqrt(f/c))^2 (Marchenko
+    and Pastur), so that z can move to where scores are short. Hadamard rows stretch nothing, and
+    their codes' cosines have variance (1/f - 1/c) instead of 1/f."""
+    f, c = 256, 2048
+    w = methods["cplearn"].draw_codes("rademacher", f, c, 0).double()
+    spectrum = torch.linalg.eigvalsh(w @ w.T / c)
+    least, most = (1 - math.sqrt(f / c)) ** 2, (1 + math.sqrt(f / c)) ** 2
+    assert spectrum[0].item() == pytest.approx(least, abs=0.03)
+    assert spectrum[-1].item() == pytest.approx(most, abs=0.05)
+    codes = methods["cplearn"].draw_codes("hadamard", f, c, 0)
+    w = methods["cplearn"].hadamard_scores(torch.eye(f, dtype=torch.float64), codes, 0, c)
+    assert torch.equal(w @ w.T, c * torch.eye(f, dtype=torch.float64))
+    cosines = (w.T @ w / f)[~torch.eye(c, dtype=torch.bool)]
+    assert cosines.square().mean().item() == pytest.approx(1 / f - 1 / c, rel=1e-3)
