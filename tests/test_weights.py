@@ -138,9 +138,7 @@ def test_other_shapes(tmp_path, capsys):
     small = common.build_backbone(argparse.Namespace(**RESNET | {"image_size": 32, "width": 16}))
     torch.save(small.state_dict(), file)
     line = refused(file, capsys, **RESNET | {"width": 16})
-    assert line.endswith(
-        "(the file is of a network for images of up to 64 pixels)"
-    )
+    assert line.endswith("(the file is of a network for images of up to 64 pixels)")
 
 
 @pytest.mark.parametrize(
