@@ -55,6 +55,9 @@ DEFAULTS = {
     },
 }
 
+# How many codes loss_in_blocks takes at a time: few fit into a CPU's cache, many keep a GPU busy.
+BLOCK = {"cpu": 2048, "cuda": 32768, "mps": 32768}
+
 
 def add_flags(parser):
     # Our choice.
@@ -127,7 +130,7 @@ def prior_of_codes(log_mean, c, prior):
     return -log_mean / c  # CE(u, mean p)
 
 
-def loss_in_blocks(z1, z2, codes, scores, c, *, tau, beta=0.05, prior="reverse-kl", block=8192):
+def loss_in_blocks(z1, z2, codes, scores, c, *, tau, beta=0.05, prior="reverse-kl", block=32768):
     """loss_fn for very many codes, with matrices of (2, n, block). Skip it at first reading.
 
     `scores(z, codes, first, last)` gives the scores of embeddings z for the codes `first` to
@@ -229,7 +232,7 @@ def hadamard_scores(z, codes, first, last):
     # the index, and moves these bits to the top.
     done = 1
     while done < block:
-        order = min(128, block // done)
+        order = min(64, block // done)
         x = x.view(*z.shape[:-1], block // order, order) @ hadamard_matrix(order).to(x)
         x = x.transpose(-1, -2).reshape(*z.shape[:-1], block)
         done *= order
@@ -327,6 +330,7 @@ def main():
                 s1, s2 = model.scores(z1, codes), model.scores(z2, codes)
                 terms = loss_fn(s1, s2, **settings)
             else:  # matrices (n, c) would take over 134 MB each
+                settings["block"] = BLOCK[device.type]
                 terms = loss_in_blocks(z1, z2, codes, model.scores, args.c, **settings)
 
             optimizer.zero_grad()
