@@ -201,7 +201,7 @@ CASES["center_vector"] = Case(
 # --- CPLearn
 
 
-def slow_cplearn(s1, s2, *, tau, beta=0.05, prior="reverse-kl", **_):
+def slow_cplearn(s1, s2, *, tau, beta=0.2, prior="reverse-kl", **_):
     """Eq. 2 (cross-entropy) or Appendix N (reverse KL) image by image and code by code."""
     n, c = s1.shape
     log_p = []
