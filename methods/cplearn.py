@@ -282,15 +282,18 @@ def hadamard_scores(z, codes, first, last):
     signs = signs * (1 - 2 * odd_number_of_ones(rows & first))
     x = z.new_zeros(*z.shape[:-1], block)
     x = x.index_add(-1, rows % block, z * signs)
-    # The matrix is the Kronecker product of small ones. Each turn applies one to the lowest bits of
-    # the index, and moves these bits to the top.
-    done = 1
-    while done < block:
-        order = min(64, block // done)
-        x = x.view(*z.shape[:-1], block // order, order) @ hadamard_matrix(order, x)
-        x = x.transpose(-1, -2).reshape(*z.shape[:-1], block)
-        done *= order
-    return x
+    # The matrix is the Kronecker product of small ones. Each turn multiplies by one of them, which
+    # acts on some bits of the index: on the lowest ones first. `below` is the size of those done.
+    below = 1
+    while below < block:
+        order = min(32, block // below)
+        factor = hadamard_matrix(order, z)
+        if below == 1:
+            x = x.reshape(-1, order) @ factor
+        else:
+            x = factor @ x.reshape(-1, order, below)
+        below *= order
+    return x.reshape(*z.shape[:-1], block)
 
 
 def odd_number_of_ones(numbers):

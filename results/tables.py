@@ -88,7 +88,7 @@ METHODS = [
     ),
     (
         "cplearn",
-        "views agree on one of many random, fixed codes",
+        "views agree on one of many random codes",
         "a prior: on average all codes are used equally (a large `--beta` outweighs it)",
         ["--beta 10"],
     ),
