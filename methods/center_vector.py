@@ -11,6 +11,9 @@ maximum. `--center-weight 0` removes it. Where the views agree, the loss at weig
 -1/2 (1 - ||s||^2). So one point is worst, and every set of embeddings with mean 0 is best, even two
 opposite points. Therefore the method may live with few dimensions.
 
+cplearn.py has this loss as its first order: if its assignments are soft, its prior sees nothing of
+the embeddings but their mean. What it does beyond, with sharper ones, is to spread them.
+
 In the log: collapse is `center` near 1. In a good run `invariance` falls to near -1 while `center`
 stays near 0.
 
