@@ -43,6 +43,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -51,8 +52,8 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 import torch
+from matplotlib import font_manager, ticker
 from matplotlib import pyplot as plt
-from matplotlib import ticker
 from PIL import Image
 from sklearn.manifold import TSNE
 from torch.nn import functional as F
@@ -88,6 +89,16 @@ plt.rcParams.update({
     "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.bbox": "tight",
     "figure.max_open_warning": 0,
 })  # fmt: skip
+# The first font has Latin, Greek and Cyrillic letters. Others, of which one may be installed, have
+# the letters of more languages. A letter that none of them has is drawn as a box.
+FONTS = [
+    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans",
+    "PingFang SC", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic",
+    "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
+]  # fmt: skip
+installed = {font.name for font in font_manager.fontManager.ttflist}
+plt.rcParams["font.family"] = [font for font in FONTS if font in installed]
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")
 
 # --- spectra
 
@@ -468,6 +479,15 @@ def measure_codes(f, sizes):
 # --- pictures
 
 
+def plain(text):
+    """A name as matplotlib shows it letter by letter. It takes $ for mathematics, and leaves out of
+    legends what begins with _."""
+    text = text.replace("$", r"\$")
+    if text.startswith("_"):
+        text = " " + text
+    return text
+
+
 def line_style(i):
     """How the i-th line of a picture is drawn. No two of the first 24 look alike."""
     dashes = ["-", "--", ":"]
@@ -500,7 +520,7 @@ def plot_spectra(ax, arrays, layer):
         spectrum = entry[f"spectrum_{layer}"]
         share = spectrum / max(float(entry[f"square_{layer}"]), 1e-300)
         share = np.where(share > ROUNDING * share[:1], share, np.nan)
-        ax.plot(np.arange(1, len(share) + 1), share, label=label, **line_style(i))
+        ax.plot(np.arange(1, len(share) + 1), share, label=plain(label), **line_style(i))
     ax.set(title=layer, xlabel="rank of the eigenvalue", yscale="log")
 
 
@@ -518,7 +538,8 @@ def draw_spectra(arrays):
         handles, labels = ax.get_legend_handles_labels()
         lines |= dict(zip(labels, handles, strict=True))
     axes[0, 0].set_ylabel("eigenvalue of the covariance / mean square")
-    add_legend(figure, lines.values(), lines.keys(), len(lines))
+    names = [plain(label) for label in lines]
+    add_legend(figure, lines.values(), names, len(lines))
     return figure
 
 
@@ -528,7 +549,7 @@ def draw_entropy(arrays):
     for i, (label, entry) in enumerate(arrays.items()):
         components = entry["entropy_components"]
         entropy = entry["entropy_mixture"]
-        ax.plot(components, entropy, marker="o", markersize=3, label=label, **line_style(i))
+        ax.plot(components, entropy, marker="o", markersize=3, label=plain(label), **line_style(i))
     ax.axhline(STANDARD_NORMAL_ENTROPY, color="gray", linewidth=0.8)
     ax.annotate(
         "isotropic Gaussian",
@@ -574,7 +595,7 @@ def draw_matrices(label, picture):
     cosine = directions @ directions.T
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.4))
-    figure.suptitle(label)
+    figure.suptitle(plain(label))
     shown = show_matrix(left, correlation.numpy())
     name = axis_name(f"dimension of the {diagnosed}", len(correlation), d)
     left.set(xlabel=name, ylabel=name)
@@ -636,7 +657,8 @@ def draw_curves(logs, methods, scale):
             if 0 < 3 * min(all_values) < max(all_values):
                 ax.set_yscale("log")
                 plain_log_ticks(ax.yaxis)
-    add_legend(figure, lines.values(), lines.keys(), len(lines))
+    names = [plain(label) for label in lines]
+    add_legend(figure, lines.values(), names, len(lines))
     return figure
 
 
@@ -656,7 +678,7 @@ def plot_tsne(ax, features, labels, classes):
         else:
             color = plt.cm.viridis(c / len(classes))
         x, y = points[labels == c].T
-        ax.scatter(x, y, s=6, color=color, label=name, linewidths=0)
+        ax.scatter(x, y, s=6, color=color, label=plain(name), linewidths=0)
 
 
 def draw_tsne(pictures, arrays, classes):
@@ -678,7 +700,7 @@ def draw_tsne(pictures, arrays, classes):
         labels = arrays[label].get("labels")
         if labels is not None:
             labels = labels[some]
-        ax.set(title=label, xticks=[], yticks=[])
+        ax.set(title=plain(label), xticks=[], yticks=[])
         ax.spines[:].set_visible(True)
         if len(features) < 4:
             ax.text(0.5, 0.5, "too few images", ha="center")
@@ -714,7 +736,7 @@ def draw_clusters_of_points(label, picture, points):
     for i, cluster in enumerate(largest):
         x, y = points[clusters == cluster].T
         ax.scatter(x, y, s=4, color=LINES[i], linewidths=0, label=str(cluster))
-    ax.set(title=label, xlabel="first coordinate", ylabel="second coordinate")
+    ax.set(title=plain(label), xlabel="first coordinate", ylabel="second coordinate")
     figure.legend(title="cluster", loc="outside right center", markerscale=3)
     return figure
 
@@ -724,7 +746,7 @@ def draw_nearest_images(label, picture, images):
     nearest = picture["nearest"]
     rows = len(nearest)
     figure, axes = plt.subplots(rows, 10, figsize=(8, 0.85 * rows), squeeze=False)
-    figure.suptitle(label)
+    figure.suptitle(plain(label))
     for ax in axes.flat:
         ax.axis("off")
     for row, (cluster, indices) in zip(axes, nearest.items(), strict=True):

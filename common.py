@@ -166,8 +166,8 @@ class Data:
 def load_data(args, device):
     """The data set `args.dataset` as `Data`.
 
-    Images that take a third of a GPU's free memory or more stay on the host. Those of a folder
-    then stay in a memory-mapped file.
+    Images that take a third of a GPU's memory or more stay on the host, as `fits` decides. Those of
+    a folder then stay in a memory-mapped file.
     """
     size = args.image_size
     details = {}  # the fields of `Data` that only a folder has
@@ -202,12 +202,7 @@ def load_data(args, device):
         std, mean = torch.std_mean(sample / 255, (0, 2, 3))
     std = std.clamp_min(1e-3)  # a channel may be constant
 
-    if device.type == "cuda":
-        free_memory, _ = torch.cuda.mem_get_info(device)
-        fits = images.nbytes < free_memory / 3
-    else:
-        fits = True
-    if fits:
+    if fits(images.nbytes, device):
         images = images.to(device)
         test_images = test_images.to(device)
         if classes:
@@ -216,6 +211,16 @@ def load_data(args, device):
     mean = mean.to(device)
     std = std.to(device)
     return Data(images, labels, test_images, test_labels, classes, mean, std, size, **details)
+
+
+def fits(nbytes, device):
+    """Whether so many bytes of images should lie on the device: up to a third of its memory."""
+    if device.type == "cuda":
+        free_memory, _ = torch.cuda.mem_get_info(device)
+        return nbytes < free_memory / 3
+    if device.type == "mps":
+        return nbytes < torch.mps.recommended_max_memory() / 3
+    return True
 
 
 def read_torchvision(args):
@@ -912,8 +917,8 @@ def batches(images, indices, device):
         # By numpy, because torch would start threads here, which slow down the network's.
         batch = torch.from_numpy(images.numpy().take(index.numpy(), 0))
         if device.type == "cuda":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        return batch
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
 
     if len(indices) == 0:
         return
@@ -2052,8 +2057,24 @@ DATASET_DEFAULTS = {
 }
 
 
+# What a transformer needs to learn, whatever the method: DINO's recipe (Caron et al., 2021), with
+# the weight decay it starts with.
+BACKBONE_DEFAULTS = {
+    "vit_small": {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.04, "clip_norm": 3.0},
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in one line."""
+    """Says what is wrong with a command in one line.
+
+    From then on no output fails because a console lacks a letter, such as one of a folder's name.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
 
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -2169,7 +2190,9 @@ def add_shared_flags(parser):
         help="images in a step, of all processes together",
     )
     parser.add_argument(
-        "--optimizer", choices=["sgd", "adam", "lars"], help="sgd and lars have momentum 0.9"
+        "--optimizer",
+        choices=["sgd", "adam", "adamw", "lars"],
+        help="sgd and lars have momentum 0.9; adamw decays weights apart from the gradient",
     )
     parser.add_argument(
         "--lr",
@@ -2179,7 +2202,13 @@ def add_shared_flags(parser):
     parser.add_argument(
         "--weight-decay",
         type=bounded_float(0),
-        help="L2 penalty on weights, not on biases and norms",
+        help="L2 penalty on weights, not on biases, norms, and a transformer's token and positions",
+    )
+    parser.add_argument(
+        "--clip-norm",
+        type=bounded_float(0),
+        default=0.0,
+        help="largest norm of the gradient, which is scaled down to it; 0: any",
     )
     parser.add_argument(
         "--warmup-epochs",
@@ -2242,7 +2271,7 @@ def add_shared_flags(parser):
     )
 
 
-def make_parser(add_flags, defaults, dataset=None, paper=False, doc=None):
+def make_parser(add_flags, defaults, dataset=None, backbone=None, paper=False, doc=None):
     """A parser of all flags of a script, with the defaults that `parse_args` describes.
 
     `add_flags`, `defaults` and `doc` are the script's, as in `parse_args`.
@@ -2261,6 +2290,7 @@ def make_parser(add_flags, defaults, dataset=None, paper=False, doc=None):
     dataset = dataset or parser.get_default("dataset")
     parser.set_defaults(**DATASET_DEFAULTS.get(dataset, {}))
     parser.set_defaults(**defaults.get(dataset, {}))
+    parser.set_defaults(**BACKBONE_DEFAULTS.get(backbone, {}))
     if paper:
         parser.set_defaults(**defaults.get("paper", {}))
     return parser
@@ -2276,19 +2306,21 @@ def parse_args(file, doc, add_flags, defaults):
     2. the script's recipe: `parser.set_defaults` in `add_flags`;
     3. the data set's defaults: DATASET_DEFAULTS[dataset];
     4. the script's defaults for the data set: DEFAULTS[dataset];
-    5. with --paper, the paper's settings: DEFAULTS["paper"];
-    6. the command line.
+    5. those of a backbone that needs its own: BACKBONE_DEFAULTS[backbone];
+    6. with --paper, the paper's settings: DEFAULTS["paper"];
+    7. the command line.
 
     The flag --paper is there only if the script has DEFAULTS["paper"]. `defaults` of the result,
-    which is no flag, holds what the flags would be without step 6. The program ends with one line
+    which is no flag, holds what the flags would be without step 7. The program ends with one line
     if a flag is unknown, out of bounds, or does not go with the others.
     """
-    # Two flags are read first, because they change the defaults, which --help then shows.
+    # These flags are read first, because they change the defaults, which --help then shows.
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset")
+    first.add_argument("--backbone")
     first.add_argument("--paper", action="store_true")
     known, _ = first.parse_known_args()
-    parser = make_parser(add_flags, defaults, known.dataset, known.paper, doc)
+    parser = make_parser(add_flags, defaults, known.dataset, known.backbone, known.paper, doc)
     args = parser.parse_args()
     args.defaults = vars(parser.parse_args([]))
 
@@ -2433,11 +2465,20 @@ def exit_on_signal(number, frame):
 def build_optimizer(model, args):
     """The optimizer `args.optimizer` over all parameters that learn, with decay of weights only.
 
-    Weights are the parameters with two or more dimensions. Biases and norms have one.
+    Weights are the parameters with two or more dimensions. Biases and norms have one. The class
+    token and the position embedding of a transformer have three, but are not decayed either.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
+    parameters = []
+    weights = []
+    others = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parameters.append(parameter)
+        if parameter.ndim > 1 and not name.endswith(("class_token", "pos_embedding")):
+            weights.append(parameter)
+        else:
+            others.append(parameter)
     weight_decay = args.weight_decay
     if args.optimizer == "lars":
         weight_decay = 0.0  # `lars_gradients` adds it
@@ -2447,14 +2488,19 @@ def build_optimizer(model, args):
     ]
     fused = parameters[0].device.type == "cuda"
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, args.lr, fused=fused)
-    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
-    if args.optimizer == "lars":
+        optimizer = torch.optim.Adam(groups, args.lr, fused=fused)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, args.lr, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=fused)
 
-        def before_step(optimizer, step_args, step_kwargs):
+    def before_step(optimizer, step_args, step_kwargs):
+        if args.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, args.clip_norm)
+        if args.optimizer == "lars":
             lars_gradients(weights, args.weight_decay)
 
-        optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_pre_hook(before_step)
     return optimizer
 
 

@@ -171,7 +171,8 @@ def check_flags(path, state):
 
     dataset = str(state["args"].get("dataset"))
     paper = bool(state["args"].get("paper"))
-    parser = common.make_parser(method.add_flags, method.DEFAULTS, dataset, paper)
+    backbone = str(state["args"].get("backbone"))
+    parser = common.make_parser(method.add_flags, method.DEFAULTS, dataset, backbone, paper)
     parser.error = refuse
     state["args"] = common.complete_args(state, vars(parser.parse_args([])))
     args = parser.parse_args(as_flags(state["args"]))

@@ -41,7 +41,9 @@ DEFAULTS = {
     "blobs": {"prototypes": 32},
     "moons": {"prototypes": 32},
 }
-QUEUE_STARTS = 15  # the first epoch, counted from 0, that uses the queue; as published
+# The first epoch, counted from 0, that uses the queue, of how many: as published.
+QUEUE_STARTS = 15
+PUBLISHED_EPOCHS = 200
 
 
 def add_flags(parser):
@@ -61,7 +63,8 @@ def add_flags(parser):
         type=common.bounded_int(0),
         default=0,
         help="number of earlier embeddings of each view that take part in Sinkhorn, from epoch 15 "
-        "on; useful if a batch has fewer images than there are prototypes; 0: none",
+        "of 200 on, earlier in shorter runs; useful if a batch has fewer images than there are "
+        "prototypes; 0: none",
     )
     parser.add_argument(
         "--no-sinkhorn",
@@ -153,6 +156,9 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data, VIEWS)
 
+    # In a shorter run it starts earlier, at the same share of the epochs.
+    queue_starts = min(QUEUE_STARTS, QUEUE_STARTS * args.epochs // PUBLISHED_EPOCHS)
+
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             # run.lr() rises linearly, then falls to 0 along a half cosine.
@@ -168,7 +174,7 @@ def main():
             # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))
             queue1, queue2 = None, None
-            if args.queue and epoch >= QUEUE_STARTS:
+            if args.queue and epoch >= queue_starts:
                 filled = min(args.queue, run.step * args.batch_size)  # the rest is still zeros
                 queue1 = model.scores(model.queue[0, :filled])
                 queue2 = model.scores(model.queue[1, :filled])

@@ -197,6 +197,7 @@ def training_rates(backbone, width, batch=128, steps=4, repeats=3):
         optimizer="adam",
         lr=1e-3,
         weight_decay=0,
+        clip_norm=0.0,
     )
     data = common.load_data(args, device)
     images = Plain(data.images[: batch * steps].cpu())

@@ -9,8 +9,10 @@ import pytest
 import torch
 from cases import CASES
 from conftest import TINY, tiny
+from matplotlib import pyplot as plt
 from PIL import Image
 
+import analyze
 import evaluate
 
 QUICK = ["--components", "5", "20", "--device", "cpu"]
@@ -200,3 +202,40 @@ def test_data_that_is_not_there_leaves_no_half_report(run):
     result = run("analyze", "runs/simclr-shapes-seed0", *elsewhere, "--out", "report")
     assert "gone' does not exist: --data-dir" in result.error
     assert not Path("report").exists()
+
+
+AWKWARD = ["cost_$5_to_$10", "_other", "a_b^c", "\u03b1\u03b2", "\u65e5\u672c"]
+
+
+def test_names_with_any_letters_are_drawn_letter_by_letter(run, monkeypatch):
+    """Each class stands in the legend of t-SNE, and looks as matplotlib draws it when it is told
+    that the text holds no mathematics."""
+    texts = []
+    as_png = analyze.as_png
+
+    def watch(figure):
+        for legend in figure.legends:
+            texts.extend(text.get_text() for text in legend.get_texts())
+        return as_png(figure)
+
+    monkeypatch.setattr(analyze, "as_png", watch)
+    rng = np.random.default_rng(0)
+    labels = np.array(AWKWARD * 8)
+    np.savez("_odd_$x$.npz", embedding=rng.normal(size=(40, 6)), labels=labels)
+    np.savez("plain.npz", embedding=rng.normal(size=(40, 6)), labels=labels)
+    result = run("analyze", "_odd_$x$.npz", "plain.npz", "--out", "report", *QUICK)
+    assert result.code == 0 and Path("report/report.html").exists(), result.err
+    drawn = {text.replace("\\$", "$").strip() for text in texts}
+    assert drawn >= {*AWKWARD, "_odd_$x$.npz", "plain.npz"}
+
+    def picture(text, **settings):
+        figure = plt.figure(figsize=(3, 1))
+        figure.text(0.1, 0.5, text, **settings)
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba()).copy()
+        plt.close(figure)
+        return pixels
+
+    for name in AWKWARD:
+        ours = picture(analyze.plain(name))
+        assert np.array_equal(ours, picture(" " * name.startswith("_") + name, parse_math=False))

@@ -292,3 +292,20 @@ def test_toys_are_three_separable_classes(name):
     tests = torch.cat([data.test_images, torch.ones(600, 1)], 1)
     accuracy = common.knn_accuracy(points, data.labels, tests, data.test_labels, k=5)
     assert accuracy > 0.95
+
+
+def test_images_stay_on_the_host_where_the_device_has_not_three_times_their_size(monkeypatch):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 3000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6000, 9000))
+    for name, limit in (("mps", 1000), ("cuda", 2000)):
+        device = torch.device(name)
+        assert common.fits(limit - 1, device) and not common.fits(limit, device)
+    assert common.fits(10**15, torch.device("cpu"))
+
+
+def test_batches_of_images_on_the_host_come_to_any_device():
+    """ "meta" stands for a device that is neither the CPU nor CUDA."""
+    images = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
+    indices = torch.arange(6).view(2, 3)
+    for batch in common.batches(images, indices, torch.device("meta")):
+        assert batch.device.type == "meta" and batch.shape == (3, 3, 4, 4)

@@ -177,10 +177,12 @@ def test_cplearn_scores_are_those_of_eq_1(activation, methods):
 # --- SwAV
 
 
-@pytest.mark.parametrize("starts, epochs, queue", [(15, 16, 300), (2, 4, 5500)])
-def test_swav_queue_and_prototypes(starts, epochs, queue, methods, run, monkeypatch):
-    """The queue holds the last embeddings. What is filled joins in epoch 15, counted from 0, or
-    here in epoch 2. Prototypes are always unit vectors."""
+@pytest.mark.parametrize(
+    "published, starts, epochs, queue", [(200, 0, 4, 300), (16, 15, 16, 300), (30, 2, 4, 5500)]
+)
+def test_swav_queue_and_prototypes(published, starts, epochs, queue, methods, run, monkeypatch):
+    """The queue holds the last embeddings. What is filled joins in epoch 15 of 200, counted from 0,
+    or at that share of fewer epochs. Prototypes are always unit vectors."""
     used, seen, networks = [], [], []
     loss_fn, model_class, gather = methods["swav"].loss_fn, methods["swav"].Model, common.gather
 
@@ -192,7 +194,7 @@ def test_swav_queue_and_prototypes(starts, epochs, queue, methods, run, monkeypa
     def watch_loss(s1, s2, queue1=None, queue2=None, **settings):
         (model,) = networks
         torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(32))
-        if queue1 is None:
+        if queue1 is None or len(queue1) == 0:
             used.append(0)
         else:
             used.append(len(queue1))
@@ -208,8 +210,8 @@ def test_swav_queue_and_prototypes(starts, epochs, queue, methods, run, monkeypa
             seen.append(torch.stack(out).detach())
         return out
 
-    assert methods["swav"].QUEUE_STARTS == 15
-    monkeypatch.setattr(methods["swav"], "QUEUE_STARTS", starts)
+    assert methods["swav"].QUEUE_STARTS == 15 and methods["swav"].PUBLISHED_EPOCHS == 200
+    monkeypatch.setattr(methods["swav"], "PUBLISHED_EPOCHS", published)
     monkeypatch.setattr(methods["swav"], "loss_fn", watch_loss)
     monkeypatch.setattr(methods["swav"], "Model", Model)
     monkeypatch.setattr(common, "gather", watch_gather)

@@ -4,15 +4,21 @@ anything is written."""
 import argparse
 import errno
 import json
+import math
+import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import METHODS, TINY, launch, same_state, tiny
+from conftest import METHODS, ROOT, TINY, launch, same_state, tiny
+from PIL import Image
 
 import common
+import evaluate
 
 FOUR_EPOCHS = ["--epochs", "4", "--eval-every", "2"]
 RUN = [*TINY, *FOUR_EPOCHS]
@@ -173,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     assert not (tmp_path / "runs" / "barlow_twins-blobs-seed0" / "last.pt").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars"])
 def test_optimizers_learn_and_resume(optimizer, run, tmp_path):
     flags = [*RUN, "--optimizer", optimizer, "--lr", "0.01"]
     assert run("barlow_twins", *flags, "--out", "whole").code == 0
@@ -187,7 +193,7 @@ def test_optimizers_learn_and_resume(optimizer, run, tmp_path):
 def test_lars_step_is_its_equation():
     """v <- 0.9 v + eta |w| / |g + wd w| (g + wd w), w <- w - lr v; biases plain, and a weight of
     norm 0 too."""
-    args = argparse.Namespace(optimizer="lars", lr=0.5, weight_decay=0.1)
+    args = argparse.Namespace(optimizer="lars", lr=0.5, weight_decay=0.1, clip_norm=0.0)
     layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(2, 2, bias=False))
     torch.nn.init.zeros_(layers[1].weight)
     w, b, zero = layers.parameters()
@@ -205,6 +211,78 @@ def test_lars_step_is_its_equation():
         torch.testing.assert_close(b.detach(), eb)
         if step == 0:
             torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.5))
+
+
+def test_adamw_and_clipping_are_their_equations():
+    """AdamW decays apart from the gradient: w <- (1 - lr wd) w - lr m / (sqrt(v) + eps), biases
+    without decay. The gradient of all parameters together is first scaled down to the norm."""
+    args = argparse.Namespace(optimizer="adamw", lr=0.1, weight_decay=0.5, clip_norm=2.0)
+    layer = torch.nn.Linear(2, 3)
+    optimizer = common.build_optimizer(layer, args)
+    m, v = [0.0, 0.0], [0.0, 0.0]
+    expected = [p.detach().clone() for p in layer.parameters()]
+    for step in (1, 2, 3):
+        size = 10.0 ** (2 - step)  # the last ones are below the norm
+        gradients = [size * torch.randn(3, 2), size * torch.randn(3)]
+        for p, g in zip(layer.parameters(), gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        scale = min(1.0, 2.0 / norm)
+        for i, decay in enumerate((0.5, 0.0)):
+            g = scale * gradients[i]
+            m[i] = 0.9 * m[i] + 0.1 * g
+            v[i] = 0.999 * v[i] + 0.001 * g * g
+            direction = (m[i] / (1 - 0.9**step)) / ((v[i] / (1 - 0.999**step)).sqrt() + 1e-8)
+            expected[i] = (1 - 0.1 * decay) * expected[i] - 0.1 * direction
+        for p, value in zip(layer.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_has_its_own_recipe_and_no_decay_of_token_and_positions(monkeypatch):
+    method = evaluate.load_method("dino")
+    given = ["--dataset", "shapes", "--backbone", "vit_small", "--width", "64"]
+    for more, expected in (
+        ([], ("adamw", 5e-4, 0.04, 3.0)),
+        (["--optimizer", "sgd", "--lr", "0.1", "--clip-norm", "0"], ("sgd", 0.1, 0.04, 0.0)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["dino.py", *given, *more])
+        args = common.parse_args("dino.py", None, method.add_flags, method.DEFAULTS)
+        found = args.optimizer, args.lr, args.weight_decay, args.clip_norm
+        assert found == expected
+    model = common.build_backbone(args)
+    decayed, others = common.build_optimizer(model, args).param_groups
+    assert decayed["weight_decay"] == 0.04 and others["weight_decay"] == 0
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    kept = {names[parameter] for parameter in others["params"]}
+    assert {"class_token", "encoder.pos_embedding", "encoder.ln.weight", "conv_proj.bias"} <= kept
+    matrices = {names[parameter] for parameter in decayed["params"]}
+    assert (
+        "conv_proj.weight" in matrices and "encoder.layers.encoder_layer_0.mlp.0.weight" in matrices
+    )
+    assert not any(name.endswith((".bias", "token", "embedding")) for name in matrices)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_console_ends_in_a_traceback(encoding, tmp_path):
+    """Help, and names of classes with letters that the console lacks."""
+    for name in ("\u03b1\u03b2", "\u65e5\u672c"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "own" / name / f"{i}.png")
+    flags = "--dataset folder --data-dir own --image-size 8 --backbone resnet8 --width 4 --epochs 1"
+    commands = [["methods/vicreg.py", *flags.split(), "--batch-size", "4", "--device", "cpu"]]
+    commands += [["evaluate.py", "--help"], ["analyze.py", "--help"], ["methods/gedi.py", "--help"]]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    for script, *arguments in commands:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr and done.stdout
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
@@ -234,7 +312,8 @@ def test_learning_rate_warms_up_and_falls_to_zero(run, tmp_path):
         ("--backbone resnet18", "--backbone"),
         ("--backbone resnet18 --dataset folder --data-dir nowhere", "nowhere' does not exist"),
         ("--device cuda", "--device"),
-        ("--optimizer adamw", "adamw"),
+        ("--optimizer adagrad", "adagrad"),
+        ("--optimizer adamw", "adamw needs its own --lr, because 0.001 is meant for adam"),
         ("--optimizer lars", "lars needs its own --lr, because 0.001 is meant for adam"),
     ],
 )
