@@ -126,6 +126,9 @@ class Model(nn.Module):
         self.normalise_prototypes()
         self.temperature = 0.1  # of p, as in loss_fn; the metrics read it, too
         self.register_buffer("queue", torch.zeros(2, args.queue, 128))  # of each view, newest first
+        # In a shorter run the queue is used earlier, from the same share of the epochs on.
+        share = args.epochs / PUBLISHED_EPOCHS
+        self.queue_starts = min(QUEUE_STARTS, int(QUEUE_STARTS * share))
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -156,9 +159,6 @@ def main():
     optimizer = common.build_optimizer(model, args)
     run = common.open_run(args, model, optimizer, data, VIEWS)
 
-    # In a shorter run it starts earlier, at the same share of the epochs.
-    queue_starts = min(QUEUE_STARTS, QUEUE_STARTS * args.epochs // PUBLISHED_EPOCHS)
-
     for epoch, first_step in run.epochs():  # a resumed epoch goes on at its step `first_step`
         for x1, x2 in common.two_views(data, args, VIEWS, epoch, first_step):
             # run.lr() rises linearly, then falls to 0 along a half cosine.
@@ -174,7 +174,7 @@ def main():
             # The loss is computed over the rows of all processes, in float32.
             s1, s2 = common.gather(model.scores(z1), model.scores(z2))
             queue1, queue2 = None, None
-            if args.queue and epoch >= queue_starts:
+            if args.queue and epoch >= model.queue_starts:
                 filled = min(args.queue, run.step * args.batch_size)  # the rest is still zeros
                 queue1 = model.scores(model.queue[0, :filled])
                 queue2 = model.scores(model.queue[1, :filled])
