@@ -63,6 +63,12 @@ METHODS = [
         ["--whitening batchnorm", "--whitening none"],
     ),
     (
+        "lejepa",
+        "views agree, and embeddings are made a standard Gaussian",
+        "a test of normality on random directions (SIGReg)",
+        ["--sigreg-weight 0"],
+    ),
+    (
         "mcr2",
         "views of an image are close, and the batch fills a large volume",
         "the volume term (coding rate) of the whole batch",

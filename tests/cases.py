@@ -393,6 +393,63 @@ CASES["gedi"] = Case(
 )
 
 
+# --- LeJEPA
+
+
+def slow_lejepa(z1, z2, directions, *, sigreg_weight=0.02):
+    """Image by image, direction by direction and knot by knot, with complex numbers."""
+    n, d = z1.shape
+    invariance = 0
+    for i in range(n):
+        for j in range(d):
+            mean = (z1[i, j] + z2[i, j]) / 2
+            for z in (z1, z2):
+                invariance = invariance + (z[i, j] - mean) ** 2 / (2 * n * d)
+    sigreg = 0
+    step = 3 / 16
+    for z in (z1, z2):
+        for a in directions.T.to(z):
+            for knot in range(-16, 17):
+                t = knot * step
+                phi = sum(torch.exp(1j * t * (z[i] @ a)) for i in range(n)) / n
+                normal = math.exp(-(t**2) / 2)
+                width = step / 2 if abs(knot) == 16 else step
+                distance = (phi - normal).abs() ** 2
+                sigreg = sigreg + n * width * normal * distance / (2 * directions.shape[1])
+    loss = (1 - sigreg_weight) * invariance + sigreg_weight * sigreg
+    return {"loss": loss, "invariance": invariance, "sigreg": sigreg}
+
+
+def call_lejepa(loss_fn, z1, z2, **settings):
+    """With five directions."""
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.randn(z1.shape[1], 5, generator=draw, dtype=torch.float64)
+    directions = directions / directions.norm(dim=0)
+    return loss_fn(z1, z2, directions.to(z1), **settings)
+
+
+CASES["lejepa"] = Case(
+    slow=slow_lejepa,
+    flags="--embedding-dim 8 --directions 32",
+    call=call_lejepa,
+    settings={
+        "default": {},
+        "invariance alone": {"sigreg_weight": 0.0},
+        "SIGReg alone": {"sigreg_weight": 1.0},
+    },
+    # Angles t x of x as large as 3e4 are off by 3 |x| u = 5e-3, and their cosines with them.
+    rounding={"SIGReg alone": 5e-3},
+    changes=("--sigreg-weight 0", "--sigreg-weight 0.5", "--directions 1", "--embedding-dim 4"),
+    refused={
+        "--sigreg-weight -1": "--sigreg-weight: must be between 0 and 1, not -1",
+        "--sigreg-weight 2": "--sigreg-weight: must be between 0 and 1, not 2",
+        "--directions 0": "--directions: must be at least 1, not 0",
+        "--embedding-dim 1": "--embedding-dim: must be at least 2, not 1",
+    },
+    collapses={"--sigreg-weight 0": "representation"},
+)
+
+
 # --- MCR²
 
 

@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.linalg
 import torch
 from cases import CASES, product, slow_wmse
@@ -548,6 +549,61 @@ def test_center_vector_is_the_mean_over_all_pairs_of_the_triplet(methods):
     s2, m = methods["center_vector"].loss_fn(z1, z2)["center"], 14
     negative = (m**2 * s2 - m - m * triplet["positive"]) / (m * (m - 2))
     torch.testing.assert_close(triplet["negative"], negative)
+
+
+# --- LeJEPA
+
+
+def sigreg(methods, z, directions):
+    return methods["lejepa"].loss_fn(z, z, directions)["sigreg"].item()
+
+
+def test_lejepa_of_one_point_in_closed_form(methods):
+    """phi_a(t) = exp(i t a . z) where all z are equal. The integral of |phi - N|^2 N is adaptive
+    quadrature's, and of all 0 over the whole line sqrt(2 pi) - 2 sqrt(pi) + sqrt(2 pi / 3)."""
+    n = 7
+    for point in (0.0, 0.3, 1.0, 2.5):
+
+        def distance(t, x=point):
+            gaussian = math.exp(-(t**2) / 2)
+            return (1 + gaussian**2 - 2 * math.cos(t * x) * gaussian) * gaussian
+
+        expected = n * scipy.integrate.quad(distance, -3, 3)[0]
+        z = torch.full((n, 1), point, dtype=F64)
+        # 17 knots of the trapezoid rule.
+        found = sigreg(methods, z, torch.ones(1, 1, dtype=F64))
+        assert found == pytest.approx(expected, rel=2e-2)
+    zero = sigreg(methods, torch.zeros(n, 3, dtype=F64), torch.eye(3, dtype=F64))
+    whole_line = math.sqrt(2 * math.pi) - 2 * math.sqrt(math.pi) + math.sqrt(2 * math.pi / 3)
+    assert zero == pytest.approx(n * whole_line, rel=0.03) and zero / n == pytest.approx(
+        0.41, abs=0.01
+    )
+
+
+def test_lejepa_of_gaussian_embeddings(methods):
+    """Quantiles of a Gaussian have nearly its characteristic function. Random draws have the
+    expectation of 1 - exp(-t^2), which over the whole line is sqrt(2 pi) - sqrt(2 pi / 3)."""
+    n = 4000
+    levels = (torch.arange(n, dtype=F64) + 0.5) / n
+    quantiles = torch.special.ndtri(levels)[:, None]
+    assert sigreg(methods, quantiles, torch.ones(1, 1, dtype=F64)) < 0.01
+    directions = methods["lejepa"].draw_directions(16, 200, 0, 0).double()
+    torch.testing.assert_close(
+        directions.norm(dim=0), torch.ones(200, dtype=F64), rtol=1e-6, atol=0
+    )
+    draws = torch.randn(n, 16, dtype=F64)
+    expected = math.sqrt(2 * math.pi) - math.sqrt(2 * math.pi / 3)
+    assert sigreg(methods, draws, directions) == pytest.approx(expected, abs=0.25)
+    # Half of the dimensions, or twice the size, is seen at once.
+    assert sigreg(methods, draws * (torch.arange(16) < 8), directions) > 20
+    assert sigreg(methods, 2 * draws, directions) > 20
+
+
+def test_lejepa_draws_other_directions_in_every_step(methods):
+    draw = methods["lejepa"].draw_directions
+    assert torch.equal(draw(4, 3, 0, 1), draw(4, 3, 0, 1))
+    for other in ((1, 1), (0, 2)):
+        assert not torch.equal(draw(4, 3, *other), draw(4, 3, 0, 1))
 
 
 # --- GEDI
