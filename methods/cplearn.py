@@ -331,9 +331,12 @@ class Model(nn.Module):
         self.temperature = math.sqrt(f) / args.sharpness  # tau
         if args.activation == "tanh-unscaled":
             self.temperature = self.temperature / math.sqrt(args.batch_size)
-        self.kind = "rademacher" if args.codes == "rademacher" else "hadamard"
+        self.kind = "rademacher"
+        if args.codes in ("hadamard", "fresh"):
+            self.kind = "hadamard"
         self.c = args.c
-        if self.kind == "hadamard" and (args.c.bit_count() != 1 or f >= args.c):
+        is_power_of_two = args.c.bit_count() == 1
+        if self.kind == "hadamard" and not (is_power_of_two and f < args.c):
             common.fail(
                 f"--codes {args.codes} needs a power of two as --c, larger than --projector-dim, "
                 f"not {args.c} and {f}"

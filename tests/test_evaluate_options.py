@@ -69,14 +69,22 @@ def table(result):
     return [dict(zip(head.split(), row.split(), strict=False)) for row in rows]
 
 
-def test_label_fraction_and_k_are_used_and_said(run, two_epochs):
+def test_label_fraction_and_k_are_used_and_said(run, two_epochs, monkeypatch):
+    used = []
+    linear_probe = evaluate.linear_probe
+
+    def watch(features, labels, *rest):
+        used.append((len(features), torch.bincount(labels).tolist()))
+        return linear_probe(features, labels, *rest)
+
+    monkeypatch.setattr(evaluate, "linear_probe", watch)
     flags = ["--device", "cpu", "--json"]
     (full,) = json.loads(run("evaluate", "run", *flags).out)
     assert (full["training_labels"], full["training_images"], full["k"]) == (1500, 1500, 200)
     flags += ["--label-fraction", "0.01"]
     (part,) = json.loads(run("evaluate", "run", *flags).out)
     assert (part["training_labels"], part["training_images"], part["k"]) == (15, 1500, 5)
-    assert part["linear"] != full["linear"]
+    assert used == [(1500, [500, 500, 500]), (15, [5, 5, 5])]
     assert part["nmi"] == full["nmi"]
     (two,) = json.loads(run("evaluate", "run", *flags, "--k", "2").out)
     assert two["k"] == 2
