@@ -207,6 +207,7 @@ def test_data_that_is_not_there_leaves_no_half_report(run):
 AWKWARD = ["cost_$5_to_$10", "_other", "a_b^c", "\u03b1\u03b2", "\u65e5\u672c"]
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_with_any_letters_are_drawn_letter_by_letter(run, monkeypatch):
     """Each class stands in the legend of t-SNE, and looks as matplotlib draws it when it is told
     that the text holds no mathematics."""
