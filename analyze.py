@@ -801,8 +801,11 @@ def draw_codes(f, sizes, arrays, corners):
     axes[0, 0].set_ylabel("code")
     axes[2, 0].set_ylabel("share of the pairs")
     figure.colorbar(shown, ax=axes[:2], label="cosine", shrink=0.6)
-    bars, labels = axes[2, 0].get_legend_handles_labels()
-    figure.legend(bars, labels, loc="outside lower center", ncols=3)
+    bars_of = {}  # by their labels; the first column may lack Hadamard codes
+    for bottom in axes[2]:
+        bars, labels = bottom.get_legend_handles_labels()
+        bars_of |= dict(zip(labels, bars, strict=True))
+    figure.legend(bars_of.values(), bars_of.keys(), loc="outside lower center", ncols=3)
     return figure
 
 
