@@ -321,7 +321,7 @@ def measure_network(job, model, data, components, bar):
     """
     out = common.extract(model, data.test_images, data)
     evaluate.check_finite(job.path, out)
-    code_count = evaluate.count_codes(model, out["embedding"])
+    code_count = common.count_codes(model, out["embedding"][:1].to(data.mean.device))
     inputs = data.test_images[0].numel()
     return measure(out, data, components, bar, model, code_count, inputs)
 

@@ -1779,7 +1779,10 @@ def extract(model, images, data, embeddings=True, batch_size=500):
 
 @torch.no_grad()
 def count_codes(model, z):
-    """How many codes or prototypes a model with scores has. z is any of its embeddings (n, d)."""
+    """How many codes or prototypes a model has, None if it has none. z are some of its embeddings
+    (n, d), on its device."""
+    if not hasattr(model, "scores"):
+        return None
     return model.scores(z[:1]).shape[1]
 
 
@@ -1827,9 +1830,8 @@ def collapse_metrics(model, data):
     }
     codes = out.get("codes")
     entropy = out.get("entropy")
-    clusters = None
+    clusters = count_codes(model, z[:1].to(data.mean.device))  # on MPS, z is on the host
     if codes is not None:
-        clusters = count_codes(model, z[:1].to(data.mean.device))
         metrics["used_codes"] = len(torch.unique(codes))  # few of many: cluster collapse
         metrics["assignment_entropy"] = entropy.mean().item()
     if len(z) >= 4:

@@ -221,11 +221,7 @@ def build_model(state, device, trained=True):
     batch norms: see `common.with_data_statistics`."""
     args = argparse.Namespace(**state["args"])
     torch.manual_seed(args.seed)
-    try:
-        model = load_method(state["method"]).Model(args)
-    except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        common.fail(f"no memory for the network of methods/{state['method']}.py: {why}")
+    model = load_method(state["method"]).Model(args)
     if trained:
         model.load_state_dict(state["model"])
     elif args.weights:
@@ -334,14 +330,6 @@ def check_finite(path, *outputs):
                 )
 
 
-def count_codes(model, embedding):
-    """How many codes or prototypes a model has, or None if it has none."""
-    if not hasattr(model, "scores"):
-        return None
-    with torch.no_grad():
-        return model.scores(embedding[:1]).shape[1]
-
-
 # --- files of features and embeddings
 
 
@@ -412,8 +400,9 @@ def read_arrays(path):
         if rows < 4:
             common.fail(f"{str(path)!r} has {rows} rows: at least 4 are needed")
     if "features" not in test and not has_negative(train) and not has_negative(test):
-        train = {"features" if name == "embedding" else name: x for name, x in train.items()}
-        test = {"features" if name == "embedding" else name: x for name, x in test.items()}
+        for part in (train, test):  # one and the same without train_ and test_
+            if "embedding" in part:
+                part["features"] = part.pop("embedding")
 
     labels = take_labels(path, arrays, train_prefix, len(matrix_of(train)))
     test_labels = take_labels(path, arrays, test_prefix, len(matrix_of(test)))
@@ -891,7 +880,7 @@ def measure(job, model, data, options, file):
     train = common.extract(model, data.images, data, embeddings=file is not None)
     test = common.extract(model, data.test_images, data)
     check_finite(job.path, train, test)
-    clusters = count_codes(model, test["embedding"])
+    clusters = common.count_codes(model, test["embedding"][:1].to(data.mean.device))
     row = {
         "checkpoint": job.path,
         "method": job.state["method"],
@@ -949,7 +938,10 @@ def print_table(rows):
             cells.append(row.get("dataset", "-"))
         cells.append(str(row.get("epoch", "-")))
         for name in ("linear", "knn", "nmi", "shuffled", "ami"):
-            cells.append(f"{row[name]:.3f}" if name in row else "-")
+            if name in row:
+                cells.append(f"{row[name]:.3f}")
+            else:
+                cells.append("-")
         used = str(row["used"])
         if "clusters" in row:
             used += f"/{row['clusters']}"

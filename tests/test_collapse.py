@@ -71,7 +71,7 @@ def diagnosis(folder):
     """The collapses that are found in a run's test embeddings."""
     model, data = read(folder)
     test = common.extract(model, data.test_images, data)
-    clusters = evaluate.count_codes(model, test["embedding"])
+    clusters = common.count_codes(model, test["embedding"])
     inputs = data.test_images[0].numel()
     report = common.diagnose(test["embedding"], test.get("codes"), clusters, inputs)
     return {mode for mode, entry in report.items() if entry["verdict"] == "collapsed"}
