@@ -1,4 +1,4 @@
-"""The two pictures of README.md, from the stored runs."""
+"""The pictures of README.md and results/README.md, from the stored runs."""
 
 import math
 
@@ -7,10 +7,94 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 from store import ROOT, select
 from tables import METHODS, best_first, pair
 
 PICTURES = ROOT / ".github" / "pictures"
+
+# --- the collapse matrix
+
+# The modes of common.diagnose: the threshold, and how the picture calls the mode.
+MODES = {
+    "representation": (0.2, "one\npoint"),
+    "dimensional": (0.5, "few\ndimensions"),
+    "cluster": (0.5, "few\nclusters"),
+    "intracluster": (0.05, "clusters\nare points"),
+    "assignment": (0.02, "still\nuniform"),
+}
+ALIVE = plt.cm.Blues
+COLLAPSED = plt.cm.Reds
+NOTHING = "0.95"
+
+
+def matrix(runs):
+    """The diagnosis of every method on the drawn shapes with its mechanism and without it."""
+    rows = []
+    for method, _, _, mechanisms in METHODS:
+        for flags in mechanisms:
+            with_, without = pair(runs, method, flags)
+            rows.append((method, flags, with_, without))
+
+    figure, ax = plt.subplots(figsize=(11.5, 8.6), layout="constrained")
+    columns = len(MODES) + 1
+    second = columns + 0.4  # where the block without the mechanism begins
+    names = []
+    for y, (method, flags, with_, without) in enumerate(rows):
+        if method not in names:
+            names.append(method)
+            ax.text(-0.15, y + 0.5, method, ha="right", va="center", fontsize=10)
+            draw_diagnosis(ax, 0, y, with_)
+        draw_diagnosis(ax, second, y, without)
+        ax.text(
+            second + columns + 0.1, y + 0.5, flags, va="center", fontsize=8.5, family="monospace"
+        )
+
+    above = {"ha": "center", "va": "bottom", "fontsize": 8}
+    for x, title in ((0, "with the mechanism"), (second, "without it")):
+        ax.text(x + 0.03, -1.15, title, fontsize=12, weight="bold")
+        for i, (_, name) in enumerate(MODES.values()):
+            ax.text(x + i + 0.5, -0.12, name, **above)
+        ax.text(x + len(MODES) + 0.5, -0.12, "kNN\naccuracy", **above)
+    legend = "red: has collapsed in this way    blue: has not    –: follows from being one point"
+    ax.text(0.03, len(rows) + 0.55, legend, fontsize=9, va="center")
+    ax.set(xlim=(-2.2, second + columns + 3.6), ylim=(len(rows) + 0.9, -1.6))
+    ax.axis("off")
+    figure.savefig(PICTURES / "matrix.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_diagnosis(ax, x, y, run):
+    """A run's row: one cell for each mode, and the accuracy."""
+    centered = {"ha": "center", "va": "center"}
+    for i, (mode, (threshold, _)) in enumerate(MODES.items()):
+        number, verdict = run["diagnosis"][mode]
+        if number is None:
+            ax.add_patch(cell(x + i, y, NOTHING))
+            continue
+        if verdict == "implied":
+            ax.add_patch(cell(x + i, y, NOTHING))
+            ax.text(x + i + 0.5, y + 0.5, "–", color="0.6", **centered)
+            continue
+        if number < threshold:
+            strength = 1 - number / threshold
+            color = COLLAPSED(0.6 + 0.25 * strength)
+            ink = "white"
+        else:
+            strength = (number - threshold) / (1 - threshold)
+            color = ALIVE(0.15 + 0.45 * strength)
+            ink = "black"
+        ax.add_patch(cell(x + i, y, color))
+        ax.text(x + i + 0.5, y + 0.5, f"{number:.2f}", fontsize=8.5, color=ink, **centered)
+    accuracy = f"{run['trained']['knn']:.2f}"
+    ax.text(x + len(MODES) + 0.5, y + 0.5, accuracy, fontsize=9, **centered)
+
+
+def cell(x, y, color):
+    return Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, color=color, linewidth=0)
+
+
+# --- spectra
 
 # Without the second flag of a method the curve is dashed.
 WITH = "tab:blue"
@@ -19,14 +103,14 @@ STYLES = ("-", "--")
 FLOOR = 1e-8  # eigenvalues below it are drawn there
 
 
-def mechanisms(runs):
+def spectra(runs):
     """The eigenvalues of the embeddings' covariance on the drawn shapes, with each method's
     mechanism and without it."""
     figure, axes = plt.subplots(
         3, 5, figsize=(12, 6.8), sharex=True, sharey=True, layout="constrained"
     )
     panels = list(axes.flat)
-    for ax, (method, _, _, flags) in zip(panels, METHODS, strict=False):
+    for ax, (method, _, _, flags) in zip(panels, METHODS, strict=True):
         with_, _ = pair(runs, method, flags[0])
         draw_spectrum(ax, with_, WITH, "-")
         for i, flag in enumerate(flags):
@@ -40,13 +124,11 @@ def mechanisms(runs):
         ax.set_title(method, fontsize=10)
         ax.set(xticks=(0, 0.5, 1), ylim=(-8.3, 0.5))
         ax.grid(alpha=0.3)
-    for ax in panels[len(METHODS) :]:
-        ax.axis("off")
-        ax.text(0.1, 0.6, "with the mechanism", color=WITH, transform=ax.transAxes)
-        ax.text(0.1, 0.4, "without it", color=WITHOUT, transform=ax.transAxes)
+    panels[0].text(0.3, 0.74, "with the mechanism", color=WITH, transform=panels[0].transAxes)
+    panels[0].text(0.3, 0.61, "without it", color=WITHOUT, transform=panels[0].transAxes)
     figure.supxlabel("rank of the eigenvalue / number of dimensions", fontsize=10)
     figure.supylabel("log10 of the eigenvalue, at least -8", fontsize=10)
-    figure.savefig(PICTURES / "mechanisms.png", dpi=130)
+    figure.savefig(PICTURES / "spectra.png", dpi=130)
     plt.close(figure)
 
 
@@ -60,13 +142,18 @@ def draw_spectrum(ax, run, color, style):
     ax.plot(place, np.log10(spectrum.clip(FLOOR)), color=color, linestyle=style)
 
 
+# --- learning curves
+
+
 def curves(runs):
-    """kNN accuracy while training, of all methods at one budget, means over the seeds."""
-    table = select(runs, "budget")
+    """kNN accuracy while training on the photographs, means over the seeds."""
+    table = select(runs, "photographs")
+    if not table:
+        return
     figure, ax = plt.subplots(figsize=(9, 5.2), layout="constrained")
     ends = []
     for i, method in enumerate(best_first(table)):
-        stacked = np.stack([run["knn_curve"] for run in select(table, "budget", method)])
+        stacked = np.stack([run["knn_curve"] for run in select(table, "photographs", method)])
         epochs, knn = stacked.mean(0).T
         color = plt.cm.tab10(i % 10)
         style = STYLES[i // 10]

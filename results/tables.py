@@ -2,6 +2,7 @@
 
 from statistics import mean, stdev
 
+import store
 from store import label, select
 
 # README.md's table: a method, its idea, what prevents collapse, and the flags that take this away.
@@ -117,9 +118,8 @@ PUBLISHED = {
     "self_classifier": f"0.848, {CPLEARN_PAPER}",
 }
 
-# Flags that all rows of a table have.
-ALL_IMAGES = ("dataset", "data-dir", "width", "epochs", "precision")
-BUDGET = ("dataset", "data-dir", "image-size", "width", "epochs", "projector-dim")
+
+NO_RUNS = "No run is stored yet."
 
 
 # --- cells
@@ -145,19 +145,24 @@ def gains(runs, figure="knn"):
     return [run["trained"][figure] - run["untrained"][figure] for run in runs]
 
 
+def rank(runs):
+    return f"{mean(trained(runs, 'rank')):.1f} of {runs[0]['trained']['dimensions']}"
+
+
 def minutes(runs):
-    """The mean of the minutes that are known."""
-    known = [run["minutes"] for run in runs if run["minutes"] is not None]
-    if not known:
-        return ""
-    if mean(known) < 10:
-        return f"{mean(known):.1f}"
-    return f"{mean(known):.0f}"
+    spent = mean(run["minutes"] for run in runs)
+    if spent < 10:
+        return f"{spent:.1f}"
+    return f"{spent:.0f}"
 
 
 def found(run):
-    """The modes that the diagnosis finds in a run."""
-    return [mode for mode, verdict in run["verdicts"].items() if verdict == "collapsed"]
+    """The modes of collapse that the diagnosis finds in a run."""
+    return [mode for mode, (_, verdict) in run["diagnosis"].items() if verdict == "collapsed"]
+
+
+def is_uniform(run):
+    return run["diagnosis"]["assignment"][1] == "still uniform"
 
 
 def verdict(run):
@@ -165,7 +170,7 @@ def verdict(run):
     words = []
     if found(run):
         words.append(" and ".join(found(run)) + " collapse")
-    if run["verdicts"]["assignment"] == "still uniform":
+    if is_uniform(run):
         words.append("assignments stay uniform")
     return ", ".join(words) or "no collapse by the diagnosis"
 
@@ -190,12 +195,24 @@ def best_first(runs):
     return sorted({run["method"] for run in runs}, key=knn, reverse=True)
 
 
+def origin(runs):
+    """Where the runs of a table are from, as a sentence."""
+    commits = ", ".join(sorted({f"`{run['commit']}`" for run in runs}))
+    cpus = "; ".join(sorted({run["cpu"] for run in runs}))
+    torches = ", ".join(sorted({run["versions"]["torch"] for run in runs}))
+    sentence = f"{len(runs)} runs, code of commit {commits}, one thread of {cpus}, torch {torches}."
+    older = [run for run in runs if run["code"] != store.code_of(run["method"])]
+    if older:
+        sentence += f" {len(older)} of them are of older code."
+    return sentence
+
+
 # --- README.md
 
 
 def methods(runs):
     """Each method with its mechanism, and what happens without it on the drawn shapes."""
-    floor = stored(runs, "shapes", "cplearn --dataset shapes")["untrained"]["knn"]
+    floor = mean(run["untrained"]["knn"] for run in select(runs, "shapes") if run["seed"] == 0)
     yield "The last column is the diagnosis by `analyze.py` of a run without the mechanism, on the"
     yield "drawn shapes with seed 0. Figures are with the mechanism → without it. Before training,"
     yield f"kNN is {floor:.2f}."
@@ -237,10 +254,10 @@ def what_happens(runs, method, flag):
     if "dimensional" in modes:
         ranks = f"{before['rank']:.1f} → {after['rank']:.1f}"
         figures.append(f"rank {ranks} of {after['dimensions']}")
-    if without["verdicts"]["assignment"] == "still uniform":
+    if is_uniform(without):
         entropies = f"{before['assignment_entropy']:.2f} → {after['assignment_entropy']:.2f}"
         figures.append(f"entropy {entropies} of the largest possible")
-    elif "used_codes" in after:
+    elif "assignment_entropy" in after:
         used = f"{before['used']} → {after['used']}"
         figures.append(f"{used} of {after['clusters']} {codes_name(method)} in use")
     figures.append(f"kNN {before['knn']:.2f} → {after['knn']:.2f}")
@@ -259,117 +276,91 @@ def codes_name(method):
 
 
 def shapes(runs):
-    """Every method on the drawn shapes."""
-    yield row(
-        "method", "seeds", "linear", "kNN", "kNN above untrained, least of the seeds",
-        "effective rank", "collapse (seed 0)", "minutes (seed 0)",
-    )  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|"
-    table = select(runs, "shapes")
+    yield from compared(select(runs, "shapes"))
+
+
+def photographs(runs):
+    yield from compared(select(runs, "photographs"), PUBLISHED)
+
+
+def compared(table, published=None):
+    """Every method with the same data and budget. `published` has a cell for the last column, for
+    some of the methods; without it there is no such column."""
+    if not table:
+        yield NO_RUNS
+        return
+    head = ["method", "seeds", "linear", "kNN", "kNN above untrained", "effective rank"]
+    head += ["collapse", "minutes"]
+    if published:
+        head.append("published linear")
+    yield row(*head)
+    yield "|---" * len(head) + "|"
     for method in best_first(table):
-        its = select(table, "shapes", method)
-        first = [run for run in its if run["seed"] == 0]
-        yield row(
+        its = [run for run in table if run["method"] == method]
+        cells = [
             f"`{method}`",
             str(len(its)),
             spread(trained(its, "linear")),
             spread(trained(its, "knn")),
-            f"{min(gains(its)):+.3f}",
-            f"{mean(trained(its, 'rank')):.1f} of {its[0]['trained']['dimensions']}",
-            verdicts(first),
-            minutes(first),
-        )
-    yield untrained(select(table, "shapes", "cplearn"), empty=4)
-
-
-def untrained(runs, empty):
-    """The row of the untrained network, which is the same for all methods."""
-    linear = spread([run["untrained"]["linear"] for run in runs])
-    knn = spread([run["untrained"]["knn"] for run in runs])
-    return row("untrained", str(len(runs)), linear, knn, *[""] * empty)
+            f"{mean(gains(its)):+.3f}",
+            rank(its),
+            verdicts(its),
+            minutes(its),
+        ]
+        if published:
+            cells.append(published.get(method, "–"))
+        yield row(*cells)
+    linear = spread([run["untrained"]["linear"] for run in table])
+    knn = spread([run["untrained"]["knn"] for run in table])
+    cells = ["untrained", "", linear, knn]
+    yield row(*cells, *[""] * (len(head) - len(cells)))
+    yield ""
+    yield origin(table)
 
 
 def ablations(runs):
     """The drawn shapes with the mechanism -> without it, seed 0."""
     yield row("command", "linear", "kNN", "effective rank", "center norm", "without the mechanism")
     yield "|---|---|---|---|---|---|"
-    for without in select(runs, "ablations"):
+    table = select(runs, "ablations")
+    for without in table:
         with_ = stored(runs, "shapes", f"{without['method']} --dataset shapes", without["seed"])
         before, after = with_["trained"], without["trained"]
         yield row(
-            f"`{label(without, 'dataset')}`",
+            f"`{label(without).replace(' --dataset shapes', '')}`",
             f"{before['linear']:.3f} → {after['linear']:.3f}",
             f"{before['knn']:.3f} → {after['knn']:.3f}",
             f"{before['rank']:.1f} → {after['rank']:.1f} of {after['dimensions']}",
             f"{before['center_norm']:.2f} → {after['center_norm']:.2f}",
             verdict(without),
         )
-
-
-def information(runs):
-    """NMI, the same of shuffled assignments, and AMI."""
-    return " / ".join(f"{mean(trained(runs, name)):.2f}" for name in ("nmi", "shuffled", "ami"))
-
-
-def codes(runs):
-    """How many codes or prototypes the test images use, for methods that have any."""
-    if "used_codes" not in runs[0]["trained"]:
-        return ""
-    return f"{mean(trained(runs, 'used')):.0f} of {runs[0]['trained']['clusters']}"
-
-
-def budget(runs):
-    """Every method at one budget."""
-    yield row(
-        "method", "seeds", "linear", "kNN", "NMI / shuffled / AMI", "effective rank",
-        "center norm", "codes in use", "collapse", "minutes", "published linear",
-    )  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    table = select(runs, "budget")
-    for method in best_first(table):
-        its = select(table, "budget", method)
-        yield row(
-            f"`{label(its[0], *BUDGET)}`",
-            str(len(its)),
-            spread(trained(its, "linear")),
-            spread(trained(its, "knn")),
-            information(its),
-            f"{spread(trained(its, 'rank'), 1)} of {its[0]['trained']['dimensions']}",
-            spread(trained(its, "center_norm"), 2),
-            codes(its),
-            verdicts(its),
-            minutes(its),
-            PUBLISHED.get(method, "–"),
-        )
-    yield untrained(select(table, "budget", "cplearn"), empty=7)
+    yield ""
+    yield origin(table)
 
 
 def all_images(runs):
     """Few methods on all images."""
+    table = select(runs, "all_images")
+    if not table:
+        yield NO_RUNS
+        return
     yield row(
-        "method", "epochs", "linear", "above untrained", "kNN", "above untrained",
-        "NMI / shuffled / AMI", "effective rank", "center norm", "codes in use", "collapse",
+        "method", "epochs", "linear", "kNN", "kNN above untrained", "effective rank", "collapse",
         "minutes", "published linear",
     )  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-
-    def by_epochs(run):
-        return run["knn_curve"][-1][0], -run["trained"]["knn"]
-
-    for run in sorted(select(runs, "all_images"), key=by_epochs):
-        figures = run["trained"]
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for method in best_first(table):
+        (run,) = select(table, "all_images", method)
         yield row(
-            f"`{label(run, *ALL_IMAGES)}`",
+            f"`{method}`",
             f"{run['knn_curve'][-1][0]:.0f}",
-            f"{figures['linear']:.3f}",
-            f"{gains([run], 'linear')[0]:+.3f}",
-            f"{figures['knn']:.3f}",
+            spread(trained([run], "linear")),
+            spread(trained([run], "knn")),
             f"{gains([run])[0]:+.3f}",
-            information([run]),
-            f"{figures['rank']:.1f} of {figures['dimensions']}",
-            f"{figures['center_norm']:.2f}",
-            codes([run]),
+            rank([run]),
             verdicts([run]),
             minutes([run]),
-            PUBLISHED.get(run["method"], "–"),
+            PUBLISHED.get(method, "–"),
         )
+    yield ""
+    yield origin(table)
