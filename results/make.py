@@ -18,6 +18,7 @@ folders are there.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import signal
@@ -27,9 +28,15 @@ import time
 
 import plan
 import store
+import tables
 import write_pages
 from store import ROOT
 from torchvision.datasets import CIFAR10
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a second program is not kept out
+    fcntl = None
 
 OUT = ROOT / "runs" / "results"
 
@@ -61,22 +68,28 @@ def show(runs, jobs):
         print(f"about {plan.MINUTES[run['table']]} min  {run['table']}  {run['command']}")
     minutes = sum(plan.MINUTES[run["table"]] for run in runs)
     hours = minutes / jobs / 60
-    planned = len(plan.planned())
-    print(f"{len(runs)} of {planned} runs are missing: about {hours:.1f} hours, {jobs} a time")
+    print(f"{len(runs)} runs are missing: about {hours:.1f} hours, {jobs} at a time")
 
 
 # --- the photographs
 
 
-def save_photographs(folder, limits):
-    """Saves the first images of each class of CIFAR-10 as JPEG, `limits` = how many of (training,
-    test), to <folder>/<split>/<class>/. The folder appears when it is complete."""
+def save_photographs():
+    """Saves data/cifar and data/cifar50, unless they are there."""
+    save_first(ROOT / "data" / "cifar", train=1000, test=500)
+    save_first(ROOT / "data" / "cifar50", train=5000, test=1000)
+
+
+def save_first(folder, **limits):
+    """Saves the first images of each class of CIFAR-10 as JPEG, as many as `limits` says for each
+    split, to <folder>/<split>/<class>/. The folder appears when it is complete."""
     if folder.is_dir():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for split, limit in zip(("train", "test"), limits, strict=True):
-        data = CIFAR10(ROOT / "data", train=split == "train", download=True)
+    for split, limit in limits.items():
+        is_train = split == "train"
+        data = CIFAR10(ROOT / "data", train=is_train, download=True)
         count = [0] * len(data.classes)
         for image, label in data:
             if count[label] == limit:
@@ -91,18 +104,34 @@ def save_photographs(folder, limits):
 # --- making runs
 
 
+def lock():
+    """Keeps a second program like this one out, as long as this process lives, however it ends."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    file = os.open(OUT / "lock", os.O_CREAT | os.O_WRONLY)
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"make.py: another one makes runs in {OUT}: wait for it", file=sys.stderr)
+        sys.exit(2)
+
+
 def folder_of(run):
-    """Where a run is made. The name has the code, so that no run goes on with other code."""
-    name = store.label(run).replace(" --", "-").replace(" ", "-").replace("/", "-")
-    return OUT / f"{run['table']}-{name}-seed-{run['seed']}-{run['code']}"
+    """Where a run is made. The name depends on the code, so that no run goes on with other code."""
+    text = f"{run['command']} {run['code']}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return OUT / f"{run['table']}-{run['method']}-seed{run['seed']}-{digest}"
 
 
 def stages(run):
-    """The commands that make a run, one after another, each with the file for what it prints."""
+    """The commands that make a run, one after another, each with the file for what it prints. They
+    run on the CPU, as all runs of the pages do."""
     folder = folder_of(run)
-    train = [*run["command"].split()[1:], "--out", folder, "--resume"]
-    evaluate = ["evaluate.py", folder, "--untrained", "--json"]
-    analyze = ["analyze.py", folder, "--components", "10", "--out", folder / "report"]
+    cpu = ["--device", "cpu"]
+    train = [*run["command"].split()[1:], "--out", folder, "--resume", *cpu]
+    evaluate = ["evaluate.py", folder, "--untrained", "--json", *cpu]
+    analyze = ["analyze.py", folder, "--components", "10", "--out", folder / "report", *cpu]
     return [
         (train, f"{folder}.log"),
         (evaluate, folder / "evaluated.json"),
@@ -111,6 +140,7 @@ def stages(run):
 
 
 def start_next_stage(job):
+    """Takes the next command off a job's list and starts it."""
     command, output = job["stages"].pop(0)
     with open(output, "w") as printed, open(f"{folder_of(job['run'])}.errors", "a") as errors:
         job["process"] = subprocess.Popen(
@@ -121,6 +151,13 @@ def start_next_stage(job):
             stderr=errors,
             start_new_session=True,  # Ctrl-C reaches this program alone, which then stops the runs
         )
+
+
+def finish(run):
+    """Stores a run whose stages have all ended well."""
+    if store.code_of(run["method"]) != run["code"]:
+        raise ValueError("its code was changed meanwhile")
+    store.store(store.measure(run, folder_of(run)))
 
 
 def make(runs, jobs):
@@ -134,12 +171,14 @@ def make(runs, jobs):
         while waiting or working:
             while waiting and len(working) < jobs:
                 run = waiting.pop(0)
+                run = run | {"code": store.code_of(run["method"])}
                 job = {"run": run, "stages": stages(run)}
                 start_next_stage(job)
                 working.append(job)
                 say(f"start  {run['command']}")
             time.sleep(0.5)
             for job in list(working):
+                run = job["run"]
                 status = job["process"].poll()
                 if status is None:
                     continue
@@ -147,13 +186,14 @@ def make(runs, jobs):
                     start_next_stage(job)
                     continue
                 working.remove(job)
-                run = job["run"]
-                if status == 0:
-                    store.store(store.measure(run, folder_of(run)))
+                try:
+                    if status != 0:
+                        raise ValueError(f"see {folder_of(run)}.errors")
+                    finish(run)
                     say(f"stored {run['command']}, {len(waiting) + len(working)} are left")
-                else:
+                except (OSError, ValueError, KeyError) as error:
                     failed += 1
-                    say(f"failed {run['command']}, see {folder_of(run)}.errors")
+                    say(f"failed {run['command']}: {error}")
     finally:
         for job in working:
             job["process"].send_signal(signal.SIGTERM)
@@ -163,42 +203,59 @@ def make(runs, jobs):
 
 
 def say(text):
+    """Prints a line with the time."""
     print(f"{time.strftime('%H:%M')} {text}", flush=True)
 
 
 def stop(*_):
+    """SIGTERM stops the runs as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def number_of_jobs(text):
+    jobs = int(text)
+    if jobs < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return jobs
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    methods = [entry[0] for entry in tables.METHODS]
     parser.add_argument("--list", action="store_true", help="say what is missing, and stop")
     parser.add_argument("--pages", action="store_true", help="write the pages, and stop")
+    parser.add_argument("--photographs", action="store_true", help="save the photographs, and stop")
     parser.add_argument("--table", choices=store.TABLES, help="only the runs of this table")
-    parser.add_argument("--method", help="only the runs of this method")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
+    parser.add_argument("--method", choices=methods, help="only the runs of this method")
+    parser.add_argument("--jobs", type=number_of_jobs, default=2, help="runs at a time [2]")
     options = parser.parse_args()
     if options.pages:
         write_pages.write_pages()
         return
+    if options.photographs:
+        save_photographs()
+        return
     runs = missing(options)
-    if options.list:
+    if options.list or not runs:
         show(runs, options.jobs)
         return
-    if any("data/cifar " in run["command"] for run in runs):
-        save_photographs(ROOT / "data" / "cifar", (1000, 500))
-    if any("data/cifar50 " in run["command"] for run in runs):
-        save_photographs(ROOT / "data" / "cifar50", (5000, 1000))
+    lock()
+    if any("--dataset folder" in run["command"] for run in runs):
+        save_photographs()
     signal.signal(signal.SIGTERM, stop)
     try:
         failed = make(runs, options.jobs)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
+    if failed:
+        print(f"{failed} of {len(runs)} runs failed")
     write_pages.write_pages()
     if failed:
-        sys.exit(f"{failed} runs failed")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ PICTURES = ROOT / ".github" / "pictures"
 
 # --- the collapse matrix
 
-# The modes of common.diagnose: the threshold, and how the picture calls the mode.
+# The modes of common.diagnose: how the picture calls them, and their thresholds.
 MODES = {
-    "representation": (0.2, "one\npoint"),
-    "dimensional": (0.5, "few\ndimensions"),
-    "cluster": (0.5, "few\nclusters"),
-    "intracluster": (0.05, "clusters\nare points"),
-    "assignment": (0.02, "still\nuniform"),
+    "representation": ("one\npoint", 0.2),
+    "dimensional": ("few\ndimensions", 0.5),
+    "cluster": ("few\nclusters", 0.5),
+    "intracluster": ("clusters\nare points", 0.05),
+    "assignment": ("still\nuniform", 0.02),
 }
 ALIVE = plt.cm.Blues
 COLLAPSED = plt.cm.Reds
@@ -52,13 +52,18 @@ def matrix(runs):
 
     above = {"ha": "center", "va": "bottom", "fontsize": 8}
     for x, title in ((0, "with the mechanism"), (second, "without it")):
-        ax.text(x + 0.03, -1.15, title, fontsize=12, weight="bold")
-        for i, (_, name) in enumerate(MODES.values()):
-            ax.text(x + i + 0.5, -0.12, name, **above)
-        ax.text(x + len(MODES) + 0.5, -0.12, "kNN\naccuracy", **above)
-    legend = "red: has collapsed in this way    blue: has not    –: follows from being one point"
-    ax.text(0.03, len(rows) + 0.55, legend, fontsize=9, va="center")
-    ax.set(xlim=(-2.2, second + columns + 3.6), ylim=(len(rows) + 0.9, -1.6))
+        ax.text(x + 0.03, -1.5, title, fontsize=12, weight="bold")
+        for i, (name, threshold) in enumerate(MODES.values()):
+            ax.text(x + i + 0.5, -0.12, f"{name}\n< {threshold}", **above)
+        ax.text(x + len(MODES) + 0.5, -0.12, "kNN\naccuracy\n", **above)
+    floor = np.mean([with_["untrained"]["knn"] for _, _, with_, _ in rows])
+    legend = (
+        "Numbers go from 0, collapsed, to 1. Red: below the threshold, has collapsed in this way."
+        " Blue: has not. Empty: the method has no codes.\n"
+        f"–: follows from being one point. Before training kNN accuracy is {floor:.2f}."
+    )
+    ax.text(0.03, len(rows) + 0.35, legend, fontsize=9, va="top")
+    ax.set(xlim=(-2.2, second + columns + 3.6), ylim=(len(rows) + 1.7, -1.95))
     ax.axis("off")
     figure.savefig(PICTURES / "matrix.png", dpi=130)
     plt.close(figure)
@@ -67,7 +72,7 @@ def matrix(runs):
 def draw_diagnosis(ax, x, y, run):
     """A run's row: one cell for each mode, and the accuracy."""
     centered = {"ha": "center", "va": "center"}
-    for i, (mode, (threshold, _)) in enumerate(MODES.items()):
+    for i, (mode, (_, threshold)) in enumerate(MODES.items()):
         number, verdict = run["diagnosis"][mode]
         if number is None:
             ax.add_patch(cell(x + i, y, NOTHING))
@@ -76,7 +81,7 @@ def draw_diagnosis(ax, x, y, run):
             ax.add_patch(cell(x + i, y, NOTHING))
             ax.text(x + i + 0.5, y + 0.5, "–", color="0.6", **centered)
             continue
-        if number < threshold:
+        if verdict in ("collapsed", "still uniform"):
             strength = 1 - number / threshold
             color = COLLAPSED(0.6 + 0.25 * strength)
             ink = "white"
@@ -99,26 +104,30 @@ def cell(x, y, color):
 # Without the second flag of a method the curve is dashed.
 WITH = "tab:blue"
 WITHOUT = "tab:red"
-STYLES = ("-", "--")
+STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
 FLOOR = 1e-8  # eigenvalues below it are drawn there
 
 
 def spectra(runs):
     """The eigenvalues of the embeddings' covariance on the drawn shapes, with each method's
     mechanism and without it."""
+    lines = math.ceil(len(METHODS) / 5)
     figure, axes = plt.subplots(
-        3, 5, figsize=(12, 6.8), sharex=True, sharey=True, layout="constrained"
+        lines, 5, figsize=(12, 2.27 * lines), sharex=True, sharey=True, layout="constrained"
     )
     panels = list(axes.flat)
-    for ax, (method, _, _, flags) in zip(panels, METHODS, strict=True):
+    for ax in panels[len(METHODS) :]:
+        ax.axis("off")
+    for ax, (method, _, _, flags) in zip(panels, METHODS, strict=False):
         with_, _ = pair(runs, method, flags[0])
         draw_spectrum(ax, with_, WITH, "-")
         for i, flag in enumerate(flags):
             _, without = pair(runs, method, flag)
-            draw_spectrum(ax, without, WITHOUT, STYLES[i])
+            style = list(STYLES)[i]
+            draw_spectrum(ax, without, WITHOUT, STYLES[style])
             name = flag.replace(" --", "\n--")
             if len(flags) > 1:
-                name += (" (solid)", " (dashed)")[i]
+                name += f" ({style})"
             place = {"ha": "right", "va": "top", "transform": ax.transAxes}
             ax.text(0.99, 0.98 - 0.1 * i, name, color=WITHOUT, fontsize=7.5, **place)
         ax.set_title(method, fontsize=10)
@@ -156,7 +165,7 @@ def curves(runs):
         stacked = np.stack([run["knn_curve"] for run in select(table, "photographs", method)])
         epochs, knn = stacked.mean(0).T
         color = plt.cm.tab10(i % 10)
-        style = STYLES[i // 10]
+        style = list(STYLES.values())[i // 10]
         ax.plot(epochs, knn, color=color, linestyle=style, marker="o", markersize=2.5)
         ends.append((knn[-1], method, color))
 

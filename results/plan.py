@@ -47,14 +47,13 @@ def planned():
             runs.append(planned_run("photographs", method, PHOTOGRAPHS, seed))
     for method, epochs in EPOCHS.items():
         runs.append(planned_run("all_images", method, f"{ALL_IMAGES} --epochs {epochs}", 0))
+
+    codes = {method: store.code_of(method) for method, _, _, _ in tables.METHODS}
+    for run in runs:
+        run["code"] = codes[run["method"]]
     return runs
 
 
 def planned_run(table, method, flags, seed):
-    return {
-        "table": table,
-        "method": method,
-        "command": f"python methods/{method}.py {flags} --seed {seed}",
-        "seed": seed,
-        "code": store.code_of(method),
-    }
+    command = f"python methods/{method}.py {flags} --seed {seed}"
+    return {"table": table, "method": method, "command": command, "seed": seed}

@@ -68,7 +68,7 @@ def save(runs):
     new_curves = CURVES.with_suffix(".new.npz")
     np.savez_compressed(new_curves, **curves)
     new_runs = RUNS.with_suffix(".new")
-    new_runs.write_text("".join(lines))
+    new_runs.write_text("".join(lines), encoding="utf-8", newline="\n")
     new_curves.replace(CURVES)
     new_runs.replace(RUNS)
 
@@ -81,10 +81,12 @@ def store(new):
 
 
 def key(run):
+    """What makes two runs the same."""
     return run["table"], run["command"]
 
 
 def place(run):
+    """The order of the runs in the file."""
     return TABLES.index(run["table"]), run["method"], label(run), run["seed"]
 
 
@@ -118,6 +120,7 @@ def code_of(method):
 
 
 def code_lines(text):
+    """The lines of a program without empty lines, docstrings, and lines that are comments."""
     in_docstrings = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(
@@ -150,6 +153,7 @@ def measure(run, folder):
 
     speeds = [line["images_per_second"] for line in epochs if "images_per_second" in line]
     images = trained["training_images"]
+    # The median, so that an epoch in which the machine was busy with other things counts little.
     seconds = len(speeds) * images / statistics.median(speeds)
 
     diagnosis = {}
@@ -191,11 +195,15 @@ def significant(number, digits=3):
 
 def commit_of(method):
     """The last commit that changed the script or common.py, with "-changed" if they have been
-    changed since."""
+    changed since, or "unknown" where there is no git."""
     files = ("common.py", f"methods/{method}.py")
-    name = git("log", "-1", "--format=%h", "--", *files)
-    if git("status", "--porcelain", "--", *files):
-        name += "-changed"
+    try:
+        name = git("log", "-1", "--format=%h", "--", *files)
+        changes = git("status", "--porcelain", "--", *files)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    if changes:
+        return f"{name}-changed"
     return name
 
 

@@ -187,12 +187,13 @@ def verdicts(runs):
 
 
 def best_first(runs):
-    """The methods of the runs, by their mean kNN accuracy."""
+    """The methods of the runs, by their mean kNN accuracy, equal ones by their names."""
 
     def knn(method):
         return mean(trained([run for run in runs if run["method"] == method], "knn"))
 
-    return sorted({run["method"] for run in runs}, key=knn, reverse=True)
+    names = sorted({run["method"] for run in runs})
+    return sorted(names, key=knn, reverse=True)
 
 
 def origin(runs):
@@ -213,7 +214,7 @@ def origin(runs):
 def methods(runs):
     """Each method with its mechanism, and what happens without it on the drawn shapes."""
     floor = mean(run["untrained"]["knn"] for run in select(runs, "shapes") if run["seed"] == 0)
-    yield "The last column is the diagnosis by `analyze.py` of a run without the mechanism, on the"
+    yield "The last column is the verdict of `analyze.py` on a run without the mechanism, on the"
     yield "drawn shapes with seed 0. Figures are with the mechanism → without it. Before training,"
     yield f"kNN is {floor:.2f}."
     yield ""
@@ -310,9 +311,9 @@ def compared(table, published=None):
         if published:
             cells.append(published.get(method, "–"))
         yield row(*cells)
-    linear = spread([run["untrained"]["linear"] for run in table])
-    knn = spread([run["untrained"]["knn"] for run in table])
-    cells = ["untrained", "", linear, knn]
+    linear = mean(run["untrained"]["linear"] for run in table)
+    knn = mean(run["untrained"]["knn"] for run in table)
+    cells = ["untrained", "", f"{linear:.3f}", f"{knn:.3f}"]
     yield row(*cells, *[""] * (len(head) - len(cells)))
     yield ""
     yield origin(table)

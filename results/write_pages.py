@@ -10,6 +10,7 @@ results/make.py makes the runs, and calls this at its end.
 
 import claims
 import pictures
+import plan
 import store
 import tables
 
@@ -38,13 +39,16 @@ def replaced(text, name, lines):
 
 
 def write_pages():
-    runs = store.load()
+    planned = {store.key(run) for run in plan.planned()}
+    runs = [run for run in store.load() if store.key(run) in planned]
+    texts = {}
     for page, its_tables in TABLES.items():
-        path = store.ROOT / page
-        text = path.read_text(encoding="utf-8")
+        text = (store.ROOT / page).read_text(encoding="utf-8")
         for name, table in its_tables.items():
             text = replaced(text, name, table(runs))
-        path.write_text(text, encoding="utf-8")
+        texts[page] = text
+    for page, text in texts.items():
+        (store.ROOT / page).write_text(text, encoding="utf-8", newline="\n")
     pictures.matrix(runs)
     pictures.spectra(runs)
     pictures.curves(runs)
