@@ -20,7 +20,7 @@ TABLES = {
         "shapes": tables.shapes,
         "ablations": tables.ablations,
         "photographs": tables.photographs,
-        "all images": tables.all_images,
+        "all_images": tables.all_images,
     },
     "results/claims.md": {"claims": claims.table},
 }
@@ -38,14 +38,24 @@ def replaced(text, name, lines):
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
+def not_made(planned, runs, table):
+    """A sentence for a table of which runs are missing, as a list of lines."""
+    count = len(store.select(planned, table)) - len(store.select(runs, table))
+    if count == 0:
+        return []
+    return ["", f"{count} runs of this table are not made yet."]
+
+
 def write_pages():
-    planned = {store.key(run) for run in plan.planned()}
-    runs = [run for run in store.load() if store.key(run) in planned]
+    planned = plan.planned()
+    keys = {store.key(run) for run in planned}
+    runs = [run for run in store.load() if store.key(run) in keys]
     texts = {}
     for page, its_tables in TABLES.items():
         text = (store.ROOT / page).read_text(encoding="utf-8")
         for name, table in its_tables.items():
-            text = replaced(text, name, table(runs))
+            lines = [*table(runs), *not_made(planned, runs, name)]
+            text = replaced(text, name, lines)
         texts[page] = text
     for page, text in texts.items():
         (store.ROOT / page).write_text(text, encoding="utf-8", newline="\n")
