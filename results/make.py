@@ -76,8 +76,12 @@ def show(runs, jobs):
 
 def save_photographs():
     """Saves data/cifar and data/cifar50, unless they are there."""
-    save_first(ROOT / "data" / "cifar", train=1000, test=500)
-    save_first(ROOT / "data" / "cifar50", train=5000, test=1000)
+    try:
+        save_first(ROOT / "data" / "cifar", train=1000, test=500)
+        save_first(ROOT / "data" / "cifar50", train=5000, test=1000)
+    except (OSError, RuntimeError) as error:
+        print(f"make.py: cannot download and save CIFAR-10: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def save_first(folder, **limits):
