@@ -157,8 +157,11 @@ def start_next_stage(job):
         )
 
 
-def finish(run):
-    """Stores a run whose stages have all ended well."""
+def finish(run, status):
+    """Stores a run whose last stage has ended with `status`. Raises ValueError if it failed, or if
+    its code was changed while it was made."""
+    if status != 0:
+        raise ValueError(f"see {folder_of(run)}.errors")
     if store.code_of(run["method"]) != run["code"]:
         raise ValueError("its code was changed meanwhile")
     store.store(store.measure(run, folder_of(run)))
@@ -191,9 +194,7 @@ def make(runs, jobs):
                     continue
                 working.remove(job)
                 try:
-                    if status != 0:
-                        raise ValueError(f"see {folder_of(run)}.errors")
-                    finish(run)
+                    finish(run, status)
                     say(f"stored {run['command']}, {len(waiting) + len(working)} are left")
                 except (OSError, ValueError, KeyError) as error:
                     failed += 1

@@ -101,9 +101,9 @@ def cell(x, y, color):
 
 # --- spectra
 
-# Without the second flag of a method the curve is dashed.
 WITH = "tab:blue"
 WITHOUT = "tab:red"
+# The curve without a method's first mechanism is solid, without its second dashed.
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
 FLOOR = 1e-8  # eigenvalues below it are drawn there
 

@@ -118,7 +118,6 @@ PUBLISHED = {
     "self_classifier": f"0.848, {CPLEARN_PAPER}",
 }
 
-
 NO_RUNS = "No run is stored yet."
 
 
@@ -202,7 +201,8 @@ def origin(runs):
     cpus = "; ".join(sorted({run["cpu"] for run in runs}))
     torches = ", ".join(sorted({run["versions"]["torch"] for run in runs}))
     sentence = f"{len(runs)} runs, code of commit {commits}, one thread of {cpus}, torch {torches}."
-    older = [run for run in runs if run["code"] != store.code_of(run["method"])]
+    codes = {method: store.code_of(method) for method in {run["method"] for run in runs}}
+    older = [run for run in runs if run["code"] != codes[run["method"]]]
     if older:
         sentence += f" {len(older)} of them are of older code."
     return sentence
