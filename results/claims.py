@@ -30,9 +30,7 @@ CENTER_VECTOR = "center_vector --dataset shapes"
 CPLEARN_BETA_10 = "cplearn --dataset shapes --beta 10"
 MOONS = "simsiam --dataset moons"
 
-# Table 1 of the CPLearn paper, CPLearn last.
-TABLE_1 = ("barlow_twins", "swav", "gedi", "self_classifier", "cplearn")
-ON_PHOTOGRAPHS = [f"{method} {plan.PHOTOGRAPHS}" for method in TABLE_1]
+ON_PHOTOGRAPHS = [f"{method} {plan.PHOTOGRAPHS}" for method in plan.TABLE_1]
 ON_ALL_IMAGES = [
     f"{method} {plan.ALL_IMAGES} --epochs {plan.EPOCHS[method]}"
     for method in ("barlow_twins", "cplearn")

@@ -122,10 +122,18 @@ def lock():
 
 
 def folder_of(run):
-    """Where a run is made. The name depends on the code, so that no run goes on with other code."""
-    text = f"{run['command']} {run['code']}"
+    """Where a run is made. The name depends on code and precision, so that no run goes on with
+    others."""
+    text = f"{run['command']} {run['precision']} {run['code']}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return OUT / f"{run['table']}-{run['method']}-seed{run['seed']}-{digest}"
+
+
+def precision_of(run, bf16):
+    """bf16 is for photographs alone, because runs on drawn shapes are short."""
+    if bf16 and "--dataset folder" in run["command"]:
+        return "bf16"
+    return "fp32"
 
 
 def stages(run):
@@ -133,7 +141,8 @@ def stages(run):
     run on the CPU, as all runs of the pages do."""
     folder = folder_of(run)
     cpu = ["--device", "cpu"]
-    train = [*run["command"].split()[1:], "--out", folder, "--resume", *cpu]
+    precision = ["--precision", run["precision"]]
+    train = [*run["command"].split()[1:], "--out", folder, "--resume", *precision, *cpu]
     evaluate = ["evaluate.py", folder, "--untrained", "--json", *cpu]
     analyze = ["analyze.py", folder, "--components", "10", "--out", folder / "report", *cpu]
     return [
@@ -167,9 +176,9 @@ def finish(run, status):
     store.store(store.measure(run, folder_of(run)))
 
 
-def make(runs, jobs):
-    """Makes the runs, `jobs` at a time, and stores each when it is finished. Returns how many
-    failed."""
+def make(runs, jobs, bf16=False):
+    """Makes the runs, `jobs` at a time, and stores each when it is finished. With `bf16` the runs
+    on photographs are in bf16. Returns how many failed."""
     OUT.mkdir(parents=True, exist_ok=True)
     waiting = list(runs)
     working = []  # dicts of a run, the stages that are left, and the process of the stage now
@@ -178,7 +187,8 @@ def make(runs, jobs):
         while waiting or working:
             while waiting and len(working) < jobs:
                 run = waiting.pop(0)
-                run = run | {"code": store.code_of(run["method"])}
+                code = store.code_of(run["method"])
+                run = run | {"code": code, "precision": precision_of(run, bf16)}
                 job = {"run": run, "stages": stages(run)}
                 start_next_stage(job)
                 working.append(job)
@@ -236,6 +246,12 @@ def main():
     parser.add_argument("--photographs", action="store_true", help="save the photographs, and stop")
     parser.add_argument("--table", choices=store.TABLES, help="only the runs of this table")
     parser.add_argument("--method", choices=methods, help="only the runs of this method")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="make the runs on photographs in bf16. This is faster on CPUs that multiply in bf16 "
+        "(AVX512-BF16 or AMX) and many times slower on others",
+    )
     parser.add_argument("--jobs", type=number_of_jobs, default=2, help="runs at a time [2]")
     options = parser.parse_args()
     if options.pages:
@@ -253,7 +269,7 @@ def main():
         save_photographs()
     signal.signal(signal.SIGTERM, stop)
     try:
-        failed = make(runs, options.jobs)
+        failed = make(runs, options.jobs, options.bf16)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     if failed:

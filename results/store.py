@@ -8,6 +8,7 @@
     seed       its --seed
     code       a hash of the script and of common.py, as `code_of` makes it
     commit     the last commit that changed the script or common.py
+    precision  of the network while training: bf16 or fp32
     cpu        the processor
     versions   of Python, torch, torchvision and numpy
     minutes    that the training steps took on one thread, without evaluation
@@ -141,8 +142,8 @@ def code_lines(text):
 
 def measure(run, folder):
     """The finished run in `folder` as a dict like those of `load`. `run` has its table, method,
-    command, seed and code. The folder holds evaluated.json, the output of `evaluate.py --untrained
-    --json`, and in report/ the output of `analyze.py`."""
+    command, seed, code and precision. The folder holds evaluated.json, the output of `evaluate.py
+    --untrained --json`, and in report/ the output of `analyze.py`."""
     header = json.loads((folder / "run.json").read_text())
     with open(folder / "log.jsonl") as file:
         epochs = [json.loads(line) for line in file]

@@ -149,7 +149,8 @@ def rank(runs):
 
 
 def minutes(runs):
-    spent = mean(run["minutes"] for run in runs)
+    """Of seed 0, because other seeds may be of another processor."""
+    (spent,) = [run["minutes"] for run in runs if run["seed"] == 0]
     if spent < 10:
         return f"{spent:.1f}"
     return f"{spent:.0f}"
@@ -196,16 +197,20 @@ def best_first(runs):
 
 
 def origin(runs):
-    """Where the runs of a table are from, as a sentence."""
+    """Where the runs of a table are from, in sentences."""
     commits = ", ".join(sorted({f"`{run['commit']}`" for run in runs}))
-    cpus = "; ".join(sorted({run["cpu"] for run in runs}))
     torches = ", ".join(sorted({run["versions"]["torch"] for run in runs}))
-    sentence = f"{len(runs)} runs, code of commit {commits}, one thread of {cpus}, torch {torches}."
+    text = f"{len(runs)} runs, code of commit {commits}, torch {torches}, each on one thread."
+    for seed in sorted({run["seed"] for run in runs}):
+        its = [run for run in runs if run["seed"] == seed]
+        precisions = " and ".join(sorted({run["precision"] for run in its}))
+        cpus = "; ".join(sorted({run["cpu"] for run in its}))
+        text += f" Seed {seed}: {precisions}, {cpus}."
     codes = {method: store.code_of(method) for method in {run["method"] for run in runs}}
     older = [run for run in runs if run["code"] != codes[run["method"]]]
     if older:
-        sentence += f" {len(older)} of them are of older code."
-    return sentence
+        text += f" {len(older)} of them are of older code."
+    return text
 
 
 # --- README.md

@@ -44,6 +44,7 @@ def test_a_run_is_made_once_and_again_when_its_code_has_changed(results):
 
     (run,) = store.load()
     assert run["knn_curve"][:, 0].tolist() == [0, 1, 2]
+    assert run["precision"] == "fp32"
     assert run["spectrum"][0] == 1 and np.all(np.diff(run["spectrum"]) <= 0)
     (folder,) = [path for path in make.OUT.iterdir() if path.is_dir()]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
