@@ -150,7 +150,10 @@ def rank(runs):
 
 def minutes(runs):
     """Of seed 0, because other seeds may be of another processor."""
-    (spent,) = [run["minutes"] for run in runs if run["seed"] == 0]
+    of_seed_0 = [run["minutes"] for run in runs if run["seed"] == 0]
+    if not of_seed_0:
+        return "–"
+    (spent,) = of_seed_0
     if spent < 10:
         return f"{spent:.1f}"
     return f"{spent:.0f}"
