@@ -130,7 +130,7 @@ def folder_of(run):
 
 
 def precision_of(run, bf16):
-    """bf16 is for photographs alone, because runs on drawn shapes are short."""
+    """The precision of a run's network. `bf16` is about the runs on photographs alone."""
     if bf16 and "--dataset folder" in run["command"]:
         return "bf16"
     return "fp32"
@@ -249,8 +249,8 @@ def main():
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="make the runs on photographs in bf16. This is faster on CPUs that multiply in bf16 "
-        "(AVX512-BF16 or AMX) and many times slower on others",
+        help="make the runs on photographs in bf16. A CPU with neither AVX512-BF16 nor AMX is then "
+        "many times slower",
     )
     parser.add_argument("--jobs", type=number_of_jobs, default=2, help="runs at a time [2]")
     options = parser.parse_args()

@@ -27,7 +27,7 @@ CLAIMS = (
 # so they have a second seed there.
 TABLE_1 = ("barlow_twins", "swav", "gedi", "self_classifier", "cplearn")
 
-# As many epochs as take about an hour on one thread.
+# As many epochs as take about an hour on one thread in bf16.
 EPOCHS = {"simclr": 25, "barlow_twins": 16, "vicreg": 14, "cplearn": 17}
 
 # About how many minutes of one thread a run takes, measuring included.

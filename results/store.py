@@ -4,7 +4,7 @@
 
     table      which table of the pages shows it: one of TABLES
     method     the name of the script in methods/
-    command    the command that makes the run, with every flag that is not a default
+    command    the command that makes the run, with every flag that is not a default but --precision
     seed       its --seed
     code       a hash of the script and of common.py, as `code_of` makes it
     commit     the last commit that changed the script or common.py
@@ -142,8 +142,8 @@ def code_lines(text):
 
 def measure(run, folder):
     """The finished run in `folder` as a dict like those of `load`. `run` has its table, method,
-    command, seed, code and precision. The folder holds evaluated.json, the output of `evaluate.py
-    --untrained --json`, and in report/ the output of `analyze.py`."""
+    command, seed and code. The folder holds evaluated.json, the output of `evaluate.py --untrained
+    --json`, and in report/ the output of `analyze.py`."""
     header = json.loads((folder / "run.json").read_text())
     with open(folder / "log.jsonl") as file:
         epochs = [json.loads(line) for line in file]
@@ -166,6 +166,7 @@ def measure(run, folder):
 
     return run | {
         "commit": commit_of(run["method"]),
+        "precision": header["args"]["precision"],
         "cpu": cpu(),
         "versions": header["versions"],
         "minutes": significant(seconds / 60),

@@ -57,6 +57,14 @@ def test_a_run_is_made_once_and_again_when_its_code_has_changed(results):
     assert make.missing(ALL) == [results]
 
 
+def test_photographs_alone_are_made_in_bf16():
+    for run in plan.planned():
+        run["precision"] = make.precision_of(run, bf16=True)
+        train, _ = make.stages(run)[0]
+        given = train[train.index("--precision") + 1]
+        assert (given == "bf16") == (run["table"] in ("photographs", "all_images"))
+
+
 def test_a_run_that_fails_is_not_stored(results, capsys):
     results["command"] = results["command"].replace("--epochs 2", "--epochs two")
     assert make.make([results], jobs=2) == 1
